@@ -1,0 +1,29 @@
+"""Multi-task learning for JAX, written the way Optax is written."""
+
+from bilb import presets as presets
+from bilb.base import MissingArgument as MissingArgument
+from bilb.bilevel import discrepancies as discrepancies
+from bilb.bilevel import routers as routers
+from bilb.bilevel.bilb4mtl import BiLB4MTLState as BiLB4MTLState
+from bilb.bilevel.bilb4mtl import bilb4mtl as bilb4mtl
+from bilb.bilevel.routers import Router as Router
+from bilb.jacobian import linearize as linearize
+from bilb.loss_balancing.linear_scalarization import (
+    LinearScalarizationState as LinearScalarizationState,
+)
+from bilb.loss_balancing.linear_scalarization import linear_scalarization as linear_scalarization
+from bilb.normalize import InitialLossState as InitialLossState
+from bilb.normalize import LogScaleByInitialLossState as LogScaleByInitialLossState
+from bilb.normalize import log_losses as log_losses
+from bilb.normalize import log_scale_by_initial_loss as log_scale_by_initial_loss
+from bilb.normalize import pmean_losses as pmean_losses
+from bilb.normalize import scale_by as scale_by
+from bilb.normalize import scale_by_initial_loss as scale_by_initial_loss
+from bilb.normalize import scale_by_initial_ratio as scale_by_initial_ratio
+from bilb.normalize import skip_nonfinite as skip_nonfinite
+from bilb.training import AggregateByState as AggregateByState
+from bilb.training import ValueAndGradState as ValueAndGradState
+from bilb.training import aggregate_by as aggregate_by
+from bilb.training import value_and_grad as value_and_grad
+
+__version__ = "0.1.0"

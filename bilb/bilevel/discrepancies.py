@@ -1,0 +1,120 @@
+"""Loss discrepancies: how far the (weighted) task losses are apart, ``u (K,) -> scalar``.
+
+Each takes ``where`` (K,) bool or None, the tasks that count; with none or one of them it is 0. The
+absolute value has derivative 0 at 0, because every normalisation by initial losses starts with all
+gaps exactly zero. Use ``functools.partial`` to fix options. Any callable of the same shape serves
+as the discrepancy of :func:`bilb.bilb4mtl`; it needs ``where`` only if masks are used.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def adjacent(u: jax.Array, *, where: jax.Array | None = None, mean: bool = False) -> jax.Array:
+    """Sum of the gaps between neighbours: ``Σ_k |u_k - u_{k+1}|``; depends on the task order.
+
+    Args:
+        u: (K,) losses, weighted or not.
+        where: (K,) bool; gaps join neighbours among the tasks that are present.
+        mean: divide by the number of gaps. A penalty λ on the sum equals λ (K - 1) on the mean.
+
+    Returns:
+        A scalar in the units of ``u``.
+
+    Example:
+        >>> import jax.numpy as jnp, bilb
+        >>> u = jnp.array([1.0, 4.0, 2.0])
+        >>> print(bilb.discrepancies.adjacent(u))
+        5.0
+        >>> print(bilb.discrepancies.adjacent(u, where=jnp.array([True, False, True])))
+        1.0
+
+    References:
+        Xiao et al., arXiv 2502.08585, upper level of the bilevel problem.
+    """
+    if where is None:
+        gaps, pairs = jnp.diff(u), u.shape[0] - 1
+        total = jnp.sum(_abs(gaps))
+    else:
+        u = u[jnp.argsort(~where, stable=True)]
+        pairs = jnp.sum(where) - 1
+        total = jnp.sum(_abs(jnp.diff(u)), where=jnp.arange(u.shape[0] - 1) < pairs)
+    return total / jnp.maximum(pairs, 1) if mean else total
+
+
+def pairwise(u: jax.Array, *, where: jax.Array | None = None, mean: bool = False) -> jax.Array:
+    """Sum over all pairs: ``Σ_{i<j} |u_i - u_j|``, whatever the order of the tasks.
+
+    Sorting makes it O(K log K): task i adds u_i times (tasks below it - tasks above it), which is
+    the derivative as well, ties included.
+
+    Args:
+        u: (K,) losses, weighted or not.
+        where: (K,) bool, the tasks that count.
+        mean: divide by the number of pairs, K (K - 1) / 2.
+
+    Returns:
+        A scalar in the units of ``u``.
+
+    Example:
+        >>> import jax.numpy as jnp, bilb
+        >>> print(bilb.discrepancies.pairwise(jnp.array([1.0, 4.0, 2.0])))
+        6.0
+    """
+    present = jnp.ones(u.shape, bool) if where is None else where
+    count = jnp.sum(present)
+    ranked = jnp.sort(jnp.where(present, jax.lax.stop_gradient(u), jnp.inf))
+    below = jnp.searchsorted(ranked, u, side="left")
+    above = count - jnp.searchsorted(ranked, u, side="right")
+    total = jnp.sum((below - above) * u, where=present)
+    return total / jnp.maximum(count * (count - 1) / 2, 1).astype(u.dtype) if mean else total
+
+
+def spread(u: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
+    """Largest minus smallest: ``max u - min u``; ties share the derivative.
+
+    Args:
+        u: (K,) losses, weighted or not.
+        where: (K,) bool, the tasks that count.
+
+    Returns:
+        A scalar in the units of ``u``.
+
+    Example:
+        >>> import jax.numpy as jnp, bilb
+        >>> print(bilb.discrepancies.spread(jnp.array([1.0, 4.0, 2.0])))
+        3.0
+    """
+    if where is None:
+        return jnp.max(u) - jnp.min(u)
+    difference = jnp.max(u, where=where, initial=-jnp.inf) - jnp.min(
+        u, where=where, initial=jnp.inf
+    )
+    return jnp.where(where.any(), difference, 0.0)
+
+
+def variance(u: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
+    """Population variance: ``mean (u - mean u)²``.
+
+    Args:
+        u: (K,) losses, weighted or not.
+        where: (K,) bool, the tasks that count.
+
+    Returns:
+        A scalar in the squared units of ``u``.
+
+    Example:
+        >>> import jax.numpy as jnp, bilb
+        >>> print(bilb.discrepancies.variance(jnp.array([1.0, 4.0, 1.0])))
+        2.0
+    """
+    count = u.shape[0] if where is None else jnp.maximum(jnp.sum(where), 1)
+    centred = u - jnp.sum(u, where=where) / count
+    return jnp.sum(centred**2, where=where) / count
+
+
+def _abs(x):
+    # jnp.abs has derivative 1 at 0.
+    return x * jnp.sign(jax.lax.stop_gradient(x))

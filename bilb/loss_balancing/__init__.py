@@ -1,0 +1,1 @@
+"""Loss balancing: the methods that read the losses alone, one file each."""

@@ -1,0 +1,59 @@
+"""Linear scalarisation (LS), also called equal weighting: the weighted sum with fixed weights.
+
+``objective = Σ_k w_k l_k``
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilb import base
+
+
+class LinearScalarizationState(NamedTuple):
+    """State of :func:`linear_scalarization`."""
+
+    weights: jax.Array  # (K,)
+
+
+def linear_scalarization(
+    weights: jax.Array | float | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Weighs the losses with constants; the plain sum by default.
+
+    A non-finite loss stays in its own entry.
+
+    Args:
+        weights: (K,) or one number for all tasks, not negative; None means 1 for every task.
+
+    Returns:
+        A loss transformation whose state has the field ``weights`` (K,).
+
+    Raises:
+        ValueError: for a concrete negative weight or a shape that is neither () nor (K,).
+
+    Example:
+        >>> import jax.numpy as jnp, bilb
+        >>> balancer = bilb.linear_scalarization(jnp.array([1.0, 0.1]))
+        >>> losses = jnp.array([2.0, 30.0])
+        >>> balanced, state = balancer.update(losses, balancer.init(losses))
+        >>> print(balanced, state.weights)
+        [2. 3.] [1.  0.1]
+    """
+    weights = 1.0 if weights is None else weights
+    base.check_number("weights", weights, minimum=0)
+
+    def init(num_tasks, dtype):
+        values = base.check_per_task("weights", weights, num_tasks)
+        return LinearScalarizationState(jnp.array(values, dtype, copy=True))
+
+    def update(losses, state, **_):
+        del state
+        values = base.check_per_task("weights", weights, losses.shape[0])
+        return values * losses, LinearScalarizationState(values)
+
+    return base.loss_transformation(init, update)

@@ -1,0 +1,318 @@
+"""Losses to losses: normalisations and guards, links to put in front of a method.
+
+``optax.chain(bilb.log_losses(), bilb.bilb4mtl())`` means "bilb4mtl of the logarithms". Every link
+preserves shape and dtype, computes in float32 at least, and returns 0 for masked tasks.
+
+A non-finite loss passes through the links of this file to its own entry only, and never enters a
+statistic; wrap the method in :func:`skip_nonfinite` to treat it as absent.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilb import base
+
+#: Extra arguments that belong to the losses as the model returns them.
+_OF_RAW_LOSSES = ("slopes", "losses_after", "slope_fn")
+
+
+class InitialLossState(NamedTuple):
+    """State of :func:`scale_by_initial_loss` and :func:`scale_by_initial_ratio`."""
+
+    initial_losses: jax.Array  # (K,), 0 where none was taken yet
+
+
+class LogScaleByInitialLossState(NamedTuple):
+    """State of :func:`log_scale_by_initial_loss`."""
+
+    step: jax.Array  # () int32
+    taken: jax.Array  # (K,) int32, the step at which the entry below was taken, -1 if none yet
+    initial_losses: jax.Array  # (K,), 1 where none was taken yet
+
+
+def scale_by(scales: jax.Array | float) -> optax.GradientTransformationExtraArgs:
+    """Divides the losses by known scales: ``l / scales``.
+
+    Args:
+        scales: one positive number, or (K,) of them, in the units of the losses.
+
+    Returns:
+        A stateless loss transformation.
+
+    Raises:
+        ValueError: if a concrete scale is not positive, or the shape is neither () nor (K,).
+
+    Example:
+        >>> import jax.numpy as jnp, bilb
+        >>> link = bilb.scale_by(jnp.array([10.0, 0.5]))
+        >>> losses = jnp.array([5.0, 1.0])
+        >>> balanced, _ = link.update(losses, link.init(losses))
+        >>> print(balanced)
+        [0.5 2. ]
+    """
+    base.check_number("scales", scales, minimum=0, exclusive=True)
+
+    def init(num_tasks, dtype):
+        del dtype
+        base.check_per_task("scales", scales, num_tasks)
+        return optax.EmptyState()
+
+    def update(losses, state, **_):
+        return losses / base.check_per_task("scales", scales, losses.shape[0]), state
+
+    return base.loss_transformation(init, update, rejects=_OF_RAW_LOSSES)
+
+
+def scale_by_initial_loss() -> optax.GradientTransformationExtraArgs:
+    """Divides each loss by the magnitude of its initial value: ``l / |l0|``.
+
+    The initial loss l0 of a task is its loss at the first update where the task is present and the
+    loss is finite and not zero; until then the loss passes unscaled. The magnitude keeps the sign
+    of losses that may be negative, such as log-likelihoods.
+
+    Returns:
+        A loss transformation whose state has the field ``initial_losses`` (K,), 0 where none was
+        taken yet.
+
+    Example:
+        >>> import jax.numpy as jnp, bilb
+        >>> link = bilb.scale_by_initial_loss()
+        >>> state = link.init(jnp.array([4.0, 0.5]))
+        >>> _, state = link.update(jnp.array([4.0, 0.5]), state)
+        >>> balanced, state = link.update(jnp.array([2.0, 0.5]), state)
+        >>> print(balanced, state.initial_losses)
+        [0.5 1. ] [4.  0.5]
+
+    References:
+        Xiao et al., *Scalable Bilevel Loss Balancing for Multi-Task Learning*,
+        arXiv 2502.08585, "initial loss normalisation".
+    """
+
+    def update(losses, state, *, mask, **_):
+        initial = _take_initial(losses, state.initial_losses, mask)
+        scale = jnp.where(initial == 0, 1.0, jnp.abs(initial))
+        return losses / scale, InitialLossState(initial)
+
+    return base.loss_transformation(_init_initial, update, rejects=_OF_RAW_LOSSES)
+
+
+def scale_by_initial_ratio() -> optax.GradientTransformationExtraArgs:
+    """Divides by the ratio of initial losses: ``l / r`` with ``r = |l0| / min |l0|``.
+
+    The "rescaled" normalisation of the NYU-v2 experiment of the BiLB4MTL paper. Initial losses are
+    taken as in :func:`scale_by_initial_loss`; the minimum is over the tasks that have one.
+
+    Returns:
+        A loss transformation whose state has the field ``initial_losses`` (K,), 0 where none was
+        taken yet.
+
+    Example:
+        >>> import jax.numpy as jnp, bilb
+        >>> link = bilb.scale_by_initial_ratio()
+        >>> losses = jnp.array([4.0, 0.5])
+        >>> balanced, _ = link.update(losses, link.init(losses))
+        >>> print(balanced)
+        [0.5 0.5]
+
+    References:
+        Xiao et al., arXiv 2502.08585, NYU-v2 experiment of the official code.
+    """
+
+    def update(losses, state, *, mask, **_):
+        initial = _take_initial(losses, state.initial_losses, mask)
+        magnitude = jnp.abs(initial)
+        smallest = jnp.min(magnitude, where=initial != 0, initial=jnp.inf)
+        ratio = jnp.where(initial == 0, 1.0, magnitude / smallest)
+        return losses / ratio, InitialLossState(initial)
+
+    return base.loss_transformation(_init_initial, update, rejects=_OF_RAW_LOSSES)
+
+
+def log_losses(floor: float | jax.Array = 1e-8) -> optax.GradientTransformationExtraArgs:
+    """Takes the logarithm of the losses: ``log(max(l, floor))``.
+
+    The sum of the result is the scale-invariant baseline (SI): each task's gradient is divided by
+    its loss. A loss at or below the floor, zero and negative ones included, gives ``log(floor)``
+    and no gradient: without a floor one vanishing loss would get an unbounded weight. Computed in
+    float32 at least.
+
+    Args:
+        floor: positive, in the units of the losses (default 1e-8, as FAMO's and LibMTL's epsilon).
+
+    Returns:
+        A stateless loss transformation.
+
+    Raises:
+        ValueError: if ``floor`` is a concrete number that is not positive.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, bilb
+        >>> link = bilb.log_losses()
+        >>> objective = lambda losses: link.update(losses, link.init(losses))[0].sum()
+        >>> print(jax.grad(objective)(jnp.array([4.0, 0.5])))
+        [0.25 2.  ]
+    """
+    base.check_number("floor", floor, minimum=0, exclusive=True)
+
+    def init(num_tasks, dtype):
+        del num_tasks, dtype
+        return optax.EmptyState()
+
+    def update(losses, state, **_):
+        return jnp.log(_at_least(losses, floor)), state
+
+    return base.loss_transformation(init, update, rejects=_OF_RAW_LOSSES)
+
+
+def log_scale_by_initial_loss(
+    every: int | jax.Array | None = None, floor: float | jax.Array = 1e-8
+) -> optax.GradientTransformationExtraArgs:
+    """Takes the logarithm relative to the initial losses: ``log(max(l, floor) / l0)``.
+
+    The initial loss l0 = max(l, floor) of a task is taken at the first update where the task is
+    present and its loss finite, and anew at the first such update of each period of ``every``
+    updates, counted from the first update. The official code renews it every epoch. Losses at or
+    below the floor behave as in :func:`log_losses`. A task without l0 so far uses l0 = 1.
+
+    Args:
+        every: updates per period, at least 1 (steps per epoch, usually); None never renews.
+        floor: positive, in the units of the losses.
+
+    Returns:
+        A loss transformation whose state has the fields ``step``, ``taken`` and
+        ``initial_losses`` (K,).
+
+    Raises:
+        ValueError: if ``every`` < 1 or ``floor`` <= 0, when they are concrete numbers.
+
+    Example:
+        >>> import jax.numpy as jnp, bilb
+        >>> link = bilb.log_scale_by_initial_loss(every=2)
+        >>> state = link.init(jnp.ones(2))
+        >>> for losses in ([4.0, 1.0], [2.0, 1.0], [2.0, 0.5]):
+        ...     balanced, state = link.update(jnp.array(losses), state)
+        ...     print(balanced, state.initial_losses)
+        [0. 0.] [4. 1.]
+        [-0.6931472  0.       ] [4. 1.]
+        [0. 0.] [2.  0.5]
+
+    References:
+        Xiao et al., arXiv 2502.08585, QM9 experiment of the official code.
+    """
+    base.check_number("every", every, minimum=1)
+    base.check_number("floor", floor, minimum=0, exclusive=True)
+
+    def init(num_tasks, dtype):
+        return LogScaleByInitialLossState(
+            base.new_step(), jnp.full(num_tasks, -1, jnp.int32), jnp.ones(num_tasks, dtype)
+        )
+
+    def update(losses, state, *, mask, **_):
+        floored = _at_least(losses, floor)
+        stale = state.taken < 0
+        if every is not None:
+            stale |= state.taken // every < state.step // every
+        take = stale & _usable(floored, mask)
+        initial = jnp.where(take, jax.lax.stop_gradient(floored), state.initial_losses)
+        taken = jnp.where(take, state.step, state.taken)
+        step = optax.safe_increment(state.step)
+        return jnp.log(floored / initial), LogScaleByInitialLossState(step, taken, initial)
+
+    return base.loss_transformation(init, update, rejects=_OF_RAW_LOSSES)
+
+
+def pmean_losses(axis_name: str | tuple[str, ...]) -> optax.GradientTransformationExtraArgs:
+    """Averages the losses over the devices of a mapped axis, so that all weigh tasks alike.
+
+    Needed where each device computes the losses of its own shard by hand, in ``jax.shard_map`` or
+    ``jax.pmap``: without it every device would get its own weights. Under ``jit`` with sharded
+    arrays the losses are global already and this link is not used. Costs one all-reduce of K
+    numbers. A mask must be the same on all devices. Methods that read slopes need the mean inside
+    ``task_losses`` instead, so that the slopes are averaged as well.
+
+    Args:
+        axis_name: name of the mapped axis, or a tuple of names.
+
+    Returns:
+        A stateless loss transformation.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, bilb
+        >>> link = bilb.pmean_losses("data")
+        >>> update = lambda losses: link.update(losses, link.init(losses))[0]
+        >>> print(jax.vmap(update, axis_name="data")(jnp.array([[1.0, 4.0], [3.0, 0.0]])))
+        [[2. 2.]
+         [2. 2.]]
+    """
+
+    def init(num_tasks, dtype):
+        del num_tasks, dtype
+        return optax.EmptyState()
+
+    def update(losses, state, **_):
+        return jax.lax.pmean(losses, axis_name), state
+
+    return base.loss_transformation(init, update, rejects=_OF_RAW_LOSSES)
+
+
+def skip_nonfinite(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Treats a non-finite loss as an absent task, for every link inside.
+
+    The balanced loss of such a task is 0 and its entries of the state stay as they were; the other
+    tasks are weighed and learn as usual, so balanced losses and state stay finite. This cannot make
+    the model's own NaN gradient finite (0 times NaN is NaN): guard the optimiser with
+    ``optax.apply_if_finite`` where that may happen.
+
+    Args:
+        inner: a loss transformation or a chain of them.
+
+    Returns:
+        A loss transformation with the state of ``inner``.
+
+    Example:
+        >>> import jax.numpy as jnp, bilb
+        >>> balancer = bilb.skip_nonfinite(bilb.linear_scalarization())
+        >>> losses = jnp.array([1.0, jnp.nan, 3.0])
+        >>> balanced, _ = balancer.update(losses, balancer.init(losses))
+        >>> print(balanced)
+        [1. 0. 3.]
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init(num_tasks, dtype):
+        return inner.init(jax.ShapeDtypeStruct((num_tasks,), dtype))
+
+    def update(losses, state, *, mask, **extra):
+        present = _usable(losses, mask)
+        balanced, state = inner.update(
+            jnp.where(present, losses, 1.0), state, mask=present, **extra
+        )
+        return jnp.where(present, balanced, 0.0), state
+
+    return base.loss_transformation(init, update)
+
+
+def _init_initial(num_tasks, dtype):
+    return InitialLossState(jnp.zeros(num_tasks, dtype))
+
+
+def _usable(losses, mask):
+    finite = jnp.isfinite(losses)
+    return finite if mask is None else finite & mask
+
+
+def _take_initial(losses, initial, mask):
+    take = (initial == 0) & _usable(losses, mask)
+    return jnp.where(take, jax.lax.stop_gradient(losses), initial)
+
+
+def _at_least(losses, floor):
+    # Unlike jnp.maximum this passes the whole gradient above the floor and none at it.
+    return jnp.where(losses > floor, losses, jnp.where(jnp.isnan(losses), losses, floor))

@@ -1,0 +1,172 @@
+"""How a loss transformation drives training: as a loss vector's ``value_and_grad``, or in a chain.
+
+:func:`value_and_grad` weighs the losses before one backward pass. :func:`aggregate_by` weighs task
+gradients that were computed anyway.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilb import base, jacobian
+
+
+class ValueAndGradState(NamedTuple):
+    """State of :func:`value_and_grad`."""
+
+    balancer: optax.OptState
+
+
+def value_and_grad(
+    task_losses: Callable[..., Any],
+    balancer: optax.GradientTransformation,
+    has_aux: bool = False,
+    features: Callable[[Any], base.PyTree] | None = None,
+) -> ValueAndGrad:
+    """``jax.value_and_grad`` for a stacked loss vector, weighed by a loss transformation.
+
+    One forward and one backward pass, whatever K is, give the gradient of the balancer's objective.
+
+    Args:
+        task_losses: ``task_losses(params, *args) -> losses (K,)``, or ``(losses, aux)``.
+        balancer: a loss transformation or a chain of them.
+        has_aux: whether ``task_losses`` returns auxiliary data, such as new batch statistics.
+        features: ``aux -> features``, the input of a router that reads features; needs
+            ``has_aux``. The same backward pass covers losses and features. Features that should
+            not be differentiated can be passed as ``features=`` at the call instead.
+
+    Returns:
+        A callable with ``state = value_and_grad.init(params, *args)`` and
+        ``losses, grads, state = value_and_grad(params, state, *args, **extra)``, or
+        ``(losses, aux), grads, state`` with ``has_aux``. Extra keywords such as ``mask=`` go to the
+        balancer.
+
+    Raises:
+        ValueError: for ``features`` without ``has_aux``, or losses that are not a vector (K,).
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, bilb
+        >>> task_losses = lambda x: jnp.stack([jnp.sum((x - 1) ** 2), 10 * jnp.sum((x + 1) ** 2)])
+        >>> balancer = optax.chain(bilb.log_losses(), bilb.bilb4mtl())
+        >>> value_and_grad = bilb.value_and_grad(task_losses, balancer)
+        >>> params = jnp.zeros(3)
+        >>> state = value_and_grad.init(params)
+        >>> losses, grads, state = jax.jit(value_and_grad)(params, state)
+        >>> print(losses, grads.shape)
+        [ 3. 30.] (3,)
+    """
+    if features is not None and not has_aux:
+        raise ValueError("features= reads the auxiliary output: give has_aux=True as well.")
+    balancer = optax.with_extra_args_support(balancer)
+    return ValueAndGrad(task_losses, balancer, has_aux, features)
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueAndGrad:
+    """What :func:`value_and_grad` returns."""
+
+    task_losses: Callable[..., Any]
+    balancer: optax.GradientTransformationExtraArgs
+    has_aux: bool
+    features: Callable[[Any], base.PyTree] | None
+
+    def init(self, params: base.PyTree, *args: Any) -> ValueAndGradState:
+        """Returns the first state, from the shapes of the losses alone."""
+        (losses, _), _ = jax.eval_shape(self._outputs, params, *args)
+        return ValueAndGradState(self.balancer.init(losses))
+
+    def __call__(
+        self, params: base.PyTree, state: ValueAndGradState, *args: Any, **extra: Any
+    ) -> tuple[Any, base.PyTree, ValueAndGradState]:
+        """Returns losses (and aux), the gradient of the objective, and the next state."""
+        (losses, features), aux, pullback, _ = jacobian.linearize_with_features(
+            lambda p: self._outputs(p, *args), params
+        )
+
+        def objective(losses, features):
+            given = extra if self.features is None else {**extra, "features": features}
+            balanced, next_state = self.balancer.update(losses, state.balancer, **given)
+            return balanced.sum(), next_state
+
+        weights, next_state = jax.grad(objective, argnums=(0, 1), has_aux=True)(losses, features)
+        values = (losses, aux) if self.has_aux else losses
+        return values, pullback(weights), ValueAndGradState(next_state)
+
+    def _outputs(self, params, *args):
+        returned = self.task_losses(params, *args)
+        losses, aux = returned if self.has_aux else (returned, None)
+        return (losses, None if self.features is None else self.features(aux)), aux
+
+
+class AggregateByState(NamedTuple):
+    """State of :func:`aggregate_by`."""
+
+    balancer: optax.OptState
+
+
+def aggregate_by(
+    balancer: optax.GradientTransformation, num_tasks: int
+) -> optax.GradientTransformationExtraArgs:
+    """Makes a loss transformation the first link of an optimiser that gets stacked task gradients.
+
+    ``optax.chain(bilb.aggregate_by(bilb.bilb4mtl(), num_tasks=3), optax.adam(1e-3))`` reads
+    gradients whose leaves are (K, *shape) and the extra argument ``losses=`` (K,), and passes on
+    their sum under the balancer's effective weights. The parameters are those of the one-backward
+    route (:func:`value_and_grad`), to rounding, unless a router reads features, through which no
+    gradient flows here. Use it where the task gradients exist anyway: computing them takes K
+    backward passes, :func:`value_and_grad` one. Wrappers that look at updates, such as
+    ``optax.clip_by_global_norm`` or ``optax.MultiSteps``, go after it.
+
+    Args:
+        balancer: a loss transformation or a chain of them.
+        num_tasks: K; static.
+
+    Returns:
+        An aggregator: ``update(task_gradients, state, params, losses=losses, **extra)``.
+
+    Raises:
+        ValueError: if ``num_tasks`` < 1, if ``losses`` are not (K,), or a leaf's leading axis is
+            not the number of tasks.
+        MissingArgument: if ``losses=`` is missing.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, bilb
+        >>> task_losses = lambda x: jnp.stack([jnp.sum((x - 1) ** 2), jnp.sum((x + 1) ** 2)])
+        >>> optimizer = optax.chain(bilb.aggregate_by(bilb.bilb4mtl(), 2), optax.sgd(0.1))
+        >>> x = jnp.array([0.5, 0.5])
+        >>> state = optimizer.init(x)
+        >>> task_gradients = jax.jacrev(task_losses)(x)
+        >>> updates, state = optimizer.update(task_gradients, state, x, losses=task_losses(x))
+        >>> print(updates.shape)
+        (2,)
+    """
+    base.check_number("num_tasks", num_tasks, minimum=1)
+    balancer = optax.with_extra_args_support(balancer)
+
+    def init_fn(params):
+        del params
+        return AggregateByState(
+            balancer.init(jax.ShapeDtypeStruct((num_tasks,), jnp.result_type(float)))
+        )
+
+    def update_fn(task_gradients, state, params=None, *, losses=None, **extra):
+        if losses is None:
+            raise base.MissingArgument(
+                "losses", "aggregate_by", "call update(task_gradients, state, params, losses=...)."
+            )
+
+        def objective(losses):
+            balanced, next_state = balancer.update(losses, state.balancer, **extra)
+            return balanced.sum(), next_state
+
+        base.check_task_gradients(task_gradients, params, num_tasks)
+        weights, next_state = jax.grad(objective, has_aux=True)(jnp.asarray(losses))
+        return base.combine(weights, task_gradients), AggregateByState(next_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
