@@ -2,10 +2,13 @@
 
 from bilb import presets as presets
 from bilb.base import MissingArgument as MissingArgument
+from bilb.base import TrainingStep as TrainingStep
 from bilb.bilevel import discrepancies as discrepancies
 from bilb.bilevel import routers as routers
 from bilb.bilevel.bilb4mtl import BiLB4MTLState as BiLB4MTLState
 from bilb.bilevel.bilb4mtl import bilb4mtl as bilb4mtl
+from bilb.bilevel.double_loop import DoubleLoopState as DoubleLoopState
+from bilb.bilevel.double_loop import bilb4mtl_double_loop as bilb4mtl_double_loop
 from bilb.bilevel.routers import Router as Router
 from bilb.jacobian import linearize as linearize
 from bilb.loss_balancing.linear_scalarization import (

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,19 @@ class MissingArgument(TypeError):
         """Names the method and says how to supply the argument."""
         super().__init__(f"{method} needs the extra argument `{argument}`: {supply}")
         self.argument = argument
+
+
+class TrainingStep(NamedTuple):
+    """A method that evaluates the model itself, so that it is a whole training step.
+
+    Attributes:
+        init: ``state = init(params, *args)``.
+        update: ``params, state, losses = update(params, state, *args)``, with the losses (K,)
+            before the step.
+    """
+
+    init: Callable[..., PyTree]
+    update: Callable[..., tuple[PyTree, PyTree, Array]]
 
 
 def loss_transformation(
