@@ -1,16 +1,24 @@
 """Multi-task learning for JAX, written the way Optax is written."""
 
 from bilb import presets as presets
+from bilb import slopes as slopes
 from bilb.base import MissingArgument as MissingArgument
 from bilb.base import TrainingStep as TrainingStep
 from bilb.bilevel import discrepancies as discrepancies
+from bilb.bilevel import lower_levels as lower_levels
 from bilb.bilevel import routers as routers
 from bilb.bilevel.bilb4mtl import BiLB4MTLState as BiLB4MTLState
 from bilb.bilevel.bilb4mtl import bilb4mtl as bilb4mtl
 from bilb.bilevel.double_loop import DoubleLoopState as DoubleLoopState
 from bilb.bilevel.double_loop import bilb4mtl_double_loop as bilb4mtl_double_loop
+from bilb.bilevel.marigold import AdagradNormState as AdagradNormState
+from bilb.bilevel.marigold import MarigoldState as MarigoldState
+from bilb.bilevel.marigold import adagrad_norm as adagrad_norm
+from bilb.bilevel.marigold import marigold as marigold
 from bilb.bilevel.routers import Router as Router
 from bilb.jacobian import linearize as linearize
+from bilb.loss_balancing.famo import FAMOState as FAMOState
+from bilb.loss_balancing.famo import famo as famo
 from bilb.loss_balancing.linear_scalarization import (
     LinearScalarizationState as LinearScalarizationState,
 )

@@ -58,6 +58,7 @@ def loss_transformation(
     update: Callable[..., tuple[Array, PyTree]],
     *,
     rejects: tuple[str, ...] = (),
+    keeps_absent: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes a method's two functions a loss transformation that keeps the whole contract.
 
@@ -67,6 +68,9 @@ def loss_transformation(
             ``mask`` is None or (K,) bool; the loss of an absent task arrives as 1.
         rejects: extra arguments that this link must not be given (it changes the losses to which
             they belong).
+        keeps_absent: whether to restore the state entries of absent tasks after ``update``. A
+            method that has per-task shapes in what tasks share (a network, a buffer) gives False
+            and calls :func:`keep_absent` on the rest itself.
 
     Returns:
         A transformation that checks shapes and dtypes, preserves the dtype of the losses and of
@@ -103,11 +107,46 @@ def loss_transformation(
         balanced, new_state = update(losses, state, mask=mask, **extra)
         if mask is not None:
             balanced = jnp.where(mask, balanced, 0.0)
-            axes = _task_axes(specification, num_tasks, dtype)
-            new_state = jax.tree.map(functools.partial(_keep_absent, mask), axes, new_state, state)
+            if keeps_absent:
+                new_state = keep_absent(
+                    mask, new_state, state, functools.partial(specification, dtype=dtype)
+                )
         return balanced.astype(loss_dtype), jax.tree.map(_like, new_state, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def keep_absent(
+    mask: Array, new: PyTree, old: PyTree, specification: Callable[[int], PyTree]
+) -> PyTree:
+    """Returns ``new`` with the entries of absent tasks as they were in ``old``.
+
+    An axis belongs to the tasks if it grows with K. A state that cannot be initialised for another
+    K (it holds constants per task) tells nothing that way; there, an axis of length K counts.
+
+    Args:
+        mask: (K,) bool, the tasks that are present.
+        new: any pytree of arrays.
+        old: the same pytree, before.
+        specification: ``num_tasks -> `` the pytree's shapes.
+    """
+    num_tasks = mask.shape[0]
+
+    def keep(leaf, wider, new, old):
+        axes = [a for a, (n, m) in enumerate(zip(leaf.shape, wider.shape)) if n != m]
+        if not axes:
+            return new
+        shape = [1] * old.ndim
+        shape[axes[0]] = num_tasks
+        return jnp.where(mask.reshape(shape), new, old)
+
+    leaves = specification(num_tasks)
+    try:
+        wider = specification(num_tasks + 1)
+    except (ValueError, TypeError):
+        grown = lambda leaf: tuple(n + (n == num_tasks) for n in leaf.shape)
+        wider = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(grown(leaf), leaf.dtype), leaves)
+    return jax.tree.map(keep, leaves, wider, new, old)
 
 
 def check_losses(losses: Any) -> tuple[int, np.dtype]:
@@ -158,9 +197,37 @@ def check_per_task(name: str, value: Any, num_tasks: int) -> Array:
     return jnp.broadcast_to(value, (num_tasks,))
 
 
+def check_per_step(name: str, value: Any, losses: Array, method: str) -> Array:
+    """Returns what a method learns from about the step just taken, (K,) in the losses' dtype."""
+    if value is None:
+        raise MissingArgument(
+            name,
+            method,
+            f"shape {losses.shape}, about the step that the previous call produced, zeros at the "
+            "first call; bilb.value_and_grad supplies it.",
+        )
+    if jnp.shape(value) != losses.shape:
+        raise ValueError(f"{name} must have shape {losses.shape}; got {jnp.shape(value)}.")
+    return jax.lax.stop_gradient(jnp.asarray(value, losses.dtype))
+
+
 def at_step(value: Scalar, step: Array) -> Any:
     """Evaluates a schedule at ``step``; returns numbers and arrays as they are."""
     return value(step) if callable(value) else value
+
+
+def usable(losses: Array, mask: Array | None) -> Array:
+    """Returns (K,) bool: the tasks that are present and whose loss is finite."""
+    finite = jnp.isfinite(losses)
+    return finite if mask is None else finite & mask
+
+
+def at_least(losses: Array, floor: Any) -> Array:
+    """Returns ``max(losses, floor)``; NaN stays NaN.
+
+    Unlike ``jnp.maximum`` it passes the whole gradient above the floor and none at it.
+    """
+    return jnp.where(losses > floor, losses, jnp.where(jnp.isnan(losses), losses, floor))
 
 
 def as_key(key: int | Array) -> Array:
@@ -207,33 +274,6 @@ def _check_state(state: PyTree, expected: PyTree, num_tasks: int) -> None:
                 f"number: {jax.tree_util.keystr(path)} has shape {jnp.shape(got)}, not "
                 f"{leaf.shape}. Call init with losses of this shape."
             )
-
-
-def _task_axes(specification: Callable[..., PyTree], num_tasks: int, dtype: np.dtype) -> PyTree:
-    """Finds the task axis of every state leaf (-1 where tasks share the leaf).
-
-    An axis belongs to the tasks if it grows with K. A state that cannot be initialised for another
-    K (it holds constants per task) tells nothing that way; there, an axis of length K counts.
-    """
-
-    def axis(leaf, wider):
-        differs = [a for a, (n, m) in enumerate(zip(leaf.shape, wider.shape)) if n != m]
-        return differs[0] if differs else -1
-
-    leaves = specification(num_tasks, dtype)
-    try:
-        return jax.tree.map(axis, leaves, specification(num_tasks + 1, dtype))
-    except (ValueError, TypeError):
-        is_k = lambda leaf: leaf.shape.index(num_tasks) if num_tasks in leaf.shape else -1
-        return jax.tree.map(is_k, leaves)
-
-
-def _keep_absent(mask: Array, axis: int, new: Array, old: Array) -> Array:
-    if axis < 0:
-        return new
-    shape = [1] * old.ndim
-    shape[axis] = mask.shape[0]
-    return jnp.where(mask.reshape(shape), new, old)
 
 
 def _like(new: Any, old: Any) -> Array:

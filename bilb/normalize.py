@@ -164,7 +164,7 @@ def log_losses(floor: float | jax.Array = 1e-8) -> optax.GradientTransformationE
         return optax.EmptyState()
 
     def update(losses, state, **_):
-        return jnp.log(_at_least(losses, floor)), state
+        return jnp.log(base.at_least(losses, floor)), state
 
     return base.loss_transformation(init, update, rejects=_OF_RAW_LOSSES)
 
@@ -213,11 +213,11 @@ def log_scale_by_initial_loss(
         )
 
     def update(losses, state, *, mask, **_):
-        floored = _at_least(losses, floor)
+        floored = base.at_least(losses, floor)
         stale = state.taken < 0
         if every is not None:
             stale |= state.taken // every < state.step // every
-        take = stale & _usable(floored, mask)
+        take = stale & base.usable(floored, mask)
         initial = jnp.where(take, jax.lax.stop_gradient(floored), state.initial_losses)
         taken = jnp.where(take, state.step, state.taken)
         step = optax.safe_increment(state.step)
@@ -290,29 +290,19 @@ def skip_nonfinite(
         return inner.init(jax.ShapeDtypeStruct((num_tasks,), dtype))
 
     def update(losses, state, *, mask, **extra):
-        present = _usable(losses, mask)
+        present = base.usable(losses, mask)
         balanced, state = inner.update(
             jnp.where(present, losses, 1.0), state, mask=present, **extra
         )
         return jnp.where(present, balanced, 0.0), state
 
-    return base.loss_transformation(init, update)
+    return base.loss_transformation(init, update, keeps_absent=False)
 
 
 def _init_initial(num_tasks, dtype):
     return InitialLossState(jnp.zeros(num_tasks, dtype))
 
 
-def _usable(losses, mask):
-    finite = jnp.isfinite(losses)
-    return finite if mask is None else finite & mask
-
-
 def _take_initial(losses, initial, mask):
-    take = (initial == 0) & _usable(losses, mask)
+    take = (initial == 0) & base.usable(losses, mask)
     return jnp.where(take, jax.lax.stop_gradient(losses), initial)
-
-
-def _at_least(losses, floor):
-    # Unlike jnp.maximum this passes the whole gradient above the floor and none at it.
-    return jnp.where(losses > floor, losses, jnp.where(jnp.isnan(losses), losses, floor))

@@ -1,0 +1,153 @@
+"""Lower-level problems of MARIGOLD: which balance of the task gradients the weights solve for.
+
+Each is ``min_λ h(λ; G)`` with a gradient that needs products ``G w`` only, never G itself. The
+direction of the step is ``d = Jᵀ v(λ)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilb import base
+
+Product = Callable[[jax.Array], jax.Array]
+
+
+class LowerLevel(NamedTuple):
+    """A lower-level problem.
+
+    Attributes:
+        weights: ``(λ, product) -> v`` (K,), the weights of the direction ``Jᵀ v``.
+        gradient: ``(λ, product, memory) -> (∂h/∂λ, memory)``; ``product(w)`` is ``G w``, and
+            ``memory`` a running scalar, 0 at first.
+        project: onto the feasible set of λ.
+        logarithmic: whether the gradient is one for log λ.
+        lagged: whether one product at v(λ) per step is enough, so that the slopes of the step
+            just taken serve; otherwise ``slope_fn`` is needed.
+    """
+
+    weights: Callable[[jax.Array, Product], jax.Array]
+    gradient: Callable[[jax.Array, Product, jax.Array], tuple[jax.Array, jax.Array]]
+    project: Callable[[jax.Array], jax.Array] = optax.projections.projection_simplex
+    logarithmic: bool = False
+    lagged: bool = True
+
+
+def mgda() -> LowerLevel:
+    """The min-norm point: ``h = ½ ‖Jᵀ λ‖²``, gradient ``G λ``, direction ``Jᵀ λ``.
+
+    References:
+        Désidéri, *Multiple-gradient descent algorithm*, 2012; Sener and Koltun, 2018.
+    """
+    return LowerLevel(
+        weights=lambda lam, product: lam,
+        gradient=lambda lam, product, memory: (product(lam), memory),
+    )
+
+
+def sdmgrad(eta: float | jax.Array = 0.3) -> LowerLevel:
+    """Direction-oriented MGDA: ``h = ½ ‖Jᵀ(λ + η/K)‖²``; the same as MGDA on a truncated simplex.
+
+    Args:
+        eta: η >= 0, pull towards the mean gradient.
+
+    References:
+        Xiao et al., *Direction-oriented multi-objective learning* (SDMGrad), 2023.
+    """
+    base.check_number("eta", eta, minimum=0)
+    weights = lambda lam, product: (lam + eta / lam.shape[0]) / (1.0 + eta)
+    return LowerLevel(
+        weights=weights,
+        gradient=lambda lam, product, memory: (product(weights(lam, product)), memory),
+    )
+
+
+def cagrad(c: float | jax.Array = 0.4) -> LowerLevel:
+    """CAGrad's dual: ``h = λᵀ G 1/K + c ‖g_0‖ ‖Jᵀ λ‖`` with the mean gradient g_0.
+
+    Needs ``slope_fn``: two products per gradient and two for the direction. With c < 1 it ends at
+    the point of equal weights.
+
+    Args:
+        c: c >= 0, radius of the ball round the mean gradient, relative to its norm.
+
+    References:
+        Liu et al., *Conflict-averse gradient descent*, 2021.
+    """
+    base.check_number("c", c, minimum=0)
+
+    def products(lam, product):
+        mean = jnp.full_like(lam, 1 / lam.shape[0])
+        of_mean, of_lam = product(mean), product(lam)
+        norm = lambda square: jnp.sqrt(jnp.maximum(square, 0.0))
+        norm_mean, norm_lam = norm(mean @ of_mean), norm(lam @ of_lam)
+        ratio = c * norm_mean / jnp.where(norm_lam > 0, norm_lam, 1.0)
+        return mean, of_mean, of_lam, jnp.where(norm_lam > 0, ratio, 0.0)
+
+    def weights(lam, product):
+        mean, _, _, ratio = products(lam, product)
+        return (mean + ratio * lam) / (1.0 + c**2)
+
+    def gradient(lam, product, memory):
+        _, of_mean, of_lam, ratio = products(lam, product)
+        return of_mean + ratio * of_lam, memory
+
+    return LowerLevel(weights, gradient, lagged=False)
+
+
+def fairgrad(alpha: float | jax.Array = 2.0) -> LowerLevel:
+    """FairGrad's balance ``λ^{1/α} · G λ = const``, as a ratio; α = 1 is Nash-MTL's.
+
+    The ratio ``(q - mean q) / (|mean q| + 0.01 max |q| so far)`` with ``q = (K λ)^{1/α} · G λ`` is
+    the gradient for log λ. The absolute form has no solution at a Pareto stationary point; the
+    floor keeps this one from chattering there. Use it with the default scheme.
+
+    Args:
+        alpha: α > 0.
+
+    References:
+        Ban and Ji, *Fair resource allocation in multi-task learning*, 2024.
+    """
+    base.check_number("alpha", alpha, minimum=0, exclusive=True)
+
+    def gradient(lam, product, memory):
+        q = (lam.shape[0] * lam) ** (1.0 / alpha) * product(lam)
+        memory = jnp.maximum(memory, jnp.max(jnp.abs(q)))
+        scale = jnp.abs(jnp.mean(q)) + 1e-2 * memory
+        return (q - jnp.mean(q)) / jnp.where(scale > 0, scale, 1.0), memory
+
+    return LowerLevel(lambda lam, product: lam, gradient, logarithmic=True)
+
+
+def nash() -> LowerLevel:
+    """Nash-MTL's balance ``λ · G λ = const``: :func:`fairgrad` with α = 1.
+
+    References:
+        Navon et al., *Multi-task learning as a bargaining game*, 2022.
+    """
+    return fairgrad(alpha=1.0)
+
+
+def dualproj(cap: float | jax.Array = 100.0) -> LowerLevel:
+    """Projection of the mean gradient onto the dual cone: ``½ λᵀ G λ``, ``1/K <= λ <= cap``.
+
+    The weights do not sum to one. Without the cap they can grow without bound in the single loop.
+    Only with ``scheme="projection"``.
+
+    Args:
+        cap: largest weight.
+
+    References:
+        Lopez-Paz and Ranzato, *Gradient episodic memory*, 2017; Quinton and Rey, 2024.
+    """
+    base.check_number("cap", cap, minimum=0, exclusive=True)
+    return LowerLevel(
+        weights=lambda lam, product: lam,
+        gradient=lambda lam, product, memory: (product(lam), memory),
+        project=lambda lam: jnp.clip(lam, 1.0 / lam.shape[0], cap),
+    )

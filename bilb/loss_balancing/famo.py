@@ -1,0 +1,132 @@
+"""FAMO, arXiv 2306.03792: decrease all log losses at the same rate, from losses alone.
+
+With ``D = l - l_min + ε`` and ``z = softmax(ξ)``, the model follows ``Σ_k z_k log D_k / c`` with
+``c = Σ_k z_k / D_k`` held constant; after the model's step the logits follow the change of the
+losses on the same batch, ``ξ ← ξ - optimizer((diag z - z zᵀ) (log D_before - log D_after) + γ ξ)``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilb import base
+
+_EPSILON = 1e-8
+
+
+class FAMOState(NamedTuple):
+    """State of :func:`famo`."""
+
+    step: jax.Array  # () int32
+    logits: jax.Array  # (K,)
+    weights: jax.Array  # (K,) z just used
+    losses: jax.Array  # (K,) the previous losses
+    present: jax.Array  # (K,) bool, the tasks that were present in the previous call
+    opt_state: optax.OptState
+
+
+def famo(
+    *,
+    min_losses: float | jax.Array = 0.0,
+    gamma: float | jax.Array = 1e-3,
+    optimizer: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Fast adaptive multitask optimisation: one extra forward pass a step, no task gradients.
+
+    ``losses_after`` are the losses of the previous call's batch at the parameters after that step;
+    give zeros at the first call, when nothing is learnt. :func:`bilb.value_and_grad` keeps them:
+    ``state = value_and_grad.after(params, state, *args)`` after the optimiser's step.
+
+    A loss at or below its bound counts as the bound, so that D is never below 1e-8. Losses or
+    ``losses_after`` that are not finite teach nothing.
+
+    Args:
+        min_losses: lower bounds of the losses, one number or (K,).
+        gamma: γ >= 0, decay of the logits, added to their gradient: 1e-3 as in the paper, LibMTL
+            and TorchJD; the official repository has 1e-2 (``famo.py`` and its command line) and
+            1e-5 (its class of methods).
+        optimizer: Optax optimiser of the logits, with its own decay;
+            ``optax.chain(optax.add_decayed_weights(gamma), optax.adam(0.025))`` if None.
+
+    Returns:
+        A loss transformation; ``update(losses, state, *, losses_after)``. Its state has the fields
+        ``step``, ``logits``, ``weights``, ``losses``, ``present`` and ``opt_state``.
+
+    Raises:
+        ValueError: for a concrete negative ``gamma``, or ``min_losses`` that are neither () nor
+            (K,).
+        MissingArgument: for a call without ``losses_after``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, bilb
+        >>> task_losses = lambda x: jnp.stack([jnp.sum((x - 1) ** 2), 9 * jnp.sum((x + 1) ** 2)])
+        >>> value_and_grad = bilb.value_and_grad(task_losses, bilb.famo())
+        >>> x, state = jnp.zeros(2), value_and_grad.init(jnp.zeros(2))
+        >>> step = jax.jit(value_and_grad)
+        >>> for _ in range(10):
+        ...     losses, grads, state = step(x, state)
+        ...     x -= 0.01 * grads
+        ...     state = value_and_grad.after(x, state)
+        >>> print(state.balancer.weights.shape)
+        (2,)
+
+    References:
+        Liu et al., *FAMO: Fast Adaptive Multitask Optimization*, 2023, Algorithm 1.
+    """
+    base.check_number("gamma", gamma, minimum=0)
+    if optimizer is None:
+        optimizer = optax.chain(optax.add_decayed_weights(gamma), optax.adam(0.025))
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def init(num_tasks, dtype):
+        base.check_per_task("min_losses", min_losses, num_tasks)
+        logits = jnp.zeros(num_tasks, dtype)
+        return FAMOState(
+            step=base.new_step(),
+            logits=logits,
+            weights=jnp.full(num_tasks, 1 / num_tasks, dtype),
+            losses=jnp.ones(num_tasks, dtype),
+            present=jnp.ones(num_tasks, bool),
+            opt_state=optimizer.init(logits),
+        )
+
+    def above_bound(losses):
+        bounds = base.check_per_task("min_losses", min_losses, losses.shape[0])
+        return jnp.maximum(losses - bounds, 0.0) + _EPSILON
+
+    def learn(state, losses_after, present):
+        z = jax.nn.softmax(state.logits, where=present)
+        change = jnp.log(above_bound(state.losses)) - jnp.log(above_bound(losses_after))
+        change = jnp.where(present, change, 0.0)
+        gradient = jnp.where(present, z * (change - z @ change), 0.0)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.logits)
+        new = state._replace(logits=state.logits + updates, opt_state=opt_state)
+        new = base.keep_absent(
+            present, new, state, lambda k: jax.eval_shape(lambda: init(k, z.dtype))
+        )
+        learns = (state.step > 0) & jnp.isfinite(gradient).all()
+        return jax.tree.map(lambda n, o: jnp.where(learns, n, o).astype(o.dtype), new, state)
+
+    def update(losses, state, *, mask, losses_after=None, **_):
+        losses_after = base.check_per_step("losses_after", losses_after, losses, "famo")
+        present = jnp.ones(losses.shape, bool) if mask is None else mask
+        learnt = learn(state, losses_after, state.present & present)
+        z = jnp.where(present, jax.nn.softmax(learnt.logits, where=present), 0.0)
+        d = above_bound(losses)
+        c = jax.lax.stop_gradient(jnp.sum(z / d))
+        balanced = z * jnp.log(d) / jnp.where(c > 0, c, 1.0)
+        constants = jax.lax.stop_gradient(losses)
+        return balanced, FAMOState(
+            step=optax.safe_increment(state.step),
+            logits=learnt.logits,
+            weights=jnp.where(present, z, state.weights),
+            losses=jnp.where(present, constants, state.losses),
+            present=present,
+            opt_state=learnt.opt_state,
+        )
+
+    return base.loss_transformation(init, update, keeps_absent=False)

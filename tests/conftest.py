@@ -1,0 +1,61 @@
+"""What all tests share: recorded numbers, eight virtual devices, float64 on request, examples.
+
+The recorded numbers lie in ``tests/data``; where the environment variable BILB_ORACLES names a
+folder, they come from there instead, and none of them may be missing.
+"""
+
+import functools
+import os
+import pathlib
+import sys
+
+# Before anything imports jax. A device count among the user's own flags comes later and wins.
+os.environ["XLA_FLAGS"] = (
+    f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}"
+)
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import pytest
+
+TESTS = pathlib.Path(__file__).parent
+ORACLES = pathlib.Path(os.environ.get("BILB_ORACLES") or TESTS / "data")
+
+# The examples import their neighbours the way scripts do.
+sys.path.insert(0, str(TESTS.parent / "examples"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Runs a test marked ``x64``, all its fixtures included, in float64."""
+    if item.get_closest_marker("x64") is None:
+        return (yield)
+    with jax.enable_x64(True):
+        return (yield)
+
+
+def oracle_names(pattern):
+    """Returns the names, without suffix, of the recorded files that match, for parametrisation."""
+    names = sorted(path.stem for path in ORACLES.glob(f"{pattern}.npz"))
+    if not names:
+        raise FileNotFoundError(f"no {pattern}.npz in {ORACLES}")
+    return names
+
+
+@functools.cache
+def oracle(name):
+    """Returns the arrays of a recorded file, or skips the test if the small copy lacks it."""
+    path = ORACLES / f"{name}.npz"
+    if not path.exists() and not os.environ.get("BILB_ORACLES"):
+        pytest.skip(f"{path.name} is not in tests/data; set BILB_ORACLES to a folder with it")
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def relative_deviation(actual, desired):
+    """Returns max |actual - desired| / max |desired|, over whole arrays."""
+    actual, desired = np.asarray(actual), np.asarray(desired)
+    assert actual.shape == desired.shape, f"shapes {actual.shape} and {desired.shape}"
+    deviation, size = np.abs(actual - desired).max(), np.abs(desired).max()
+    return deviation / size if size else deviation

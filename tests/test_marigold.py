@@ -1,0 +1,385 @@
+"""MARIGOLD: it solves its lower-level problem, ends on the Pareto set, at the predicted rate."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy
+from conftest import oracle, oracle_names
+
+import bilb
+from bilb.gradient_balancing.solvers import min_norm_weights
+
+EXACT_CASES = ("generic", "mixed", "opposed")
+
+
+def train(task_losses, balancer, x, steps, learning_rate, optimizer=None, state=None):
+    """Returns the last parameters, the value_and_grad state and the norms of all directions."""
+    value_and_grad = bilb.value_and_grad(task_losses, balancer)
+    optimizer = optimizer or optax.sgd(learning_rate)
+
+    def step(carry, _):
+        x, state, opt_state = carry
+        _, grads, state = value_and_grad(x, state)
+        updates, opt_state = optimizer.update(grads, opt_state, x)
+        return (optax.apply_updates(x, updates), state, opt_state), jnp.linalg.norm(grads)
+
+    @jax.jit
+    def run(x, state):
+        carry = (x, state, optimizer.init(x))
+        (x, state, _), norms = jax.lax.scan(step, carry, length=steps)
+        return x, state, norms
+
+    return run(x, value_and_grad.init(x) if state is None else state)
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("file", oracle_names("f4_agg_K*"))
+def test_fixed_parameters_reach_the_min_norm_point(file):
+    recorded = oracle(file)
+    row = list(recorded["exact_names"]).index("mgda")
+    cases = [c for c in recorded["cases"] if c.split("_")[0] in EXACT_CASES]
+    width = max(recorded[f"{c}/J"].shape[1] for c in cases)
+    widen = lambda j: np.pad(j, ((0, 0), (0, width - j.shape[1])))
+    jacobians = jnp.array([widen(recorded[f"{c}/J"]) for c in cases])
+    exact = jnp.array([recorded[f"{c}/exact_W"][row] for c in cases])
+
+    balancer = bilb.marigold(scheme="projection", optimizer=bilb.adagrad_norm())
+
+    def weights(jacobian):
+        value_and_grad = bilb.value_and_grad(lambda x: jacobian @ x, balancer)
+        x = jnp.zeros(width)
+        step = lambda state, _: (value_and_grad(x, state)[2], None)
+        state, _ = jax.lax.scan(step, value_and_grad.init(x), length=20_000)
+        return optax.tree.get(state, "weights")
+
+    ours = jax.jit(jax.vmap(weights))(jacobians)
+    distance = jnp.abs(jnp.einsum("ck,ckp->cp", ours - exact, jacobians)).max(1)
+    assert (distance < 1e-3 * jnp.linalg.norm(jacobians, axis=2).max(1)).all()
+
+
+def quadratics(seed, num_tasks, width):
+    """Losses ½ (x - c_k)ᵀ A_k (x - c_k), the eigenvalues of A_k in [0.5, 2], and a start."""
+    rng = np.random.default_rng(seed)
+    centres = jnp.array(3 * rng.normal(size=(num_tasks, width)))
+    bases = [np.linalg.qr(rng.normal(size=(width, width)))[0] for _ in range(num_tasks)]
+    hessians = jnp.array([q @ np.diag(rng.uniform(0.5, 2, width)) @ q.T for q in bases])
+
+    def task_losses(x):
+        offset = x - centres
+        return 0.5 * jnp.einsum("kp,kpq,kq->k", offset, hessians, offset)
+
+    return task_losses, hessians, jnp.array(3 * rng.normal(size=width))
+
+
+def gram_trace(task_losses, x):
+    return jnp.sum(jax.jacobian(task_losses)(x) ** 2)
+
+
+SIZES = [(0, 2, 2), (1, 2, 10), (2, 3, 2), (3, 3, 10)]
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize(("seed", "num_tasks", "width"), SIZES)
+def test_many_inner_steps_end_at_the_point_of_mgda(seed, num_tasks, width):
+    task_losses, _, x = quadratics(seed, num_tasks, width)
+    beta = 2 / gram_trace(task_losses, x)
+    balancer = bilb.marigold(scheme="projection", optimizer=optax.sgd(beta), inner_steps=50)
+    ours, _, _ = train(task_losses, balancer, x, 5_000, 0.1)
+
+    def mgda(x, _):
+        jacobian = jax.jacobian(task_losses)(x)
+        return x - 0.1 * min_norm_weights(jacobian @ jacobian.T) @ jacobian, None
+
+    exact, _ = jax.lax.scan(mgda, x, length=5_000)
+    np.testing.assert_allclose(ours, exact, atol=1e-3)
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("scheme", ["projection", "exponentiated", "softmax"])
+@pytest.mark.parametrize(("seed", "num_tasks", "width"), SIZES)
+def test_single_loop_ends_pareto_stationary(seed, num_tasks, width, scheme):
+    task_losses, _, x = quadratics(seed, num_tasks, width)
+    beta = 0.5 / gram_trace(task_losses, x)
+    # A decaying rate ends the jitter of Adam's steps on the logits.
+    adam = optax.adam(optax.cosine_decay_schedule(0.025, 20_000))
+    optimizer = {"projection": bilb.adagrad_norm(), "exponentiated": optax.sgd(beta)}
+    balancer = bilb.marigold(scheme=scheme, optimizer=optimizer.get(scheme, adam))
+    x, state, norms = train(task_losses, balancer, x, 20_000, 0.1)
+    largest = jnp.linalg.norm(jax.jacobian(task_losses)(x), axis=1).max()
+    assert norms[-1] < 1e-3 * largest
+    assert state.balancer.weights.sum() == pytest.approx(1.0)
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize(("seed", "num_tasks", "width"), [(4, 2, 2), (1, 2, 10), (3, 3, 10)])
+def test_contraction_rate_is_the_predicted_one(seed, num_tasks, width):
+    """Near an interior equilibrium d ← (I - α H - β Jᵀ P J) d, H = Σ λ_k A_k, P = I - 11ᵀ/K."""
+    task_losses, hessians, x = quadratics(seed, num_tasks, width)
+    alpha, beta = 0.1, 0.5 / gram_trace(task_losses, x)
+    balancer = bilb.marigold(scheme="projection", optimizer=optax.sgd(beta))
+    x, state, _ = train(task_losses, balancer, x, 3_000, alpha)
+    weights = state.balancer.weights
+    assert (weights > 1e-3).all(), "the equilibrium is not interior; choose another seed"
+    jacobian = jax.jacobian(task_losses)(x)
+    hessian = jnp.einsum("k,kpq->pq", weights, hessians)
+    centre = jnp.eye(num_tasks) - 1 / num_tasks
+    matrix = jnp.eye(width) - alpha * hessian - beta * jacobian.T @ centre @ jacobian
+    values, vectors = jnp.linalg.eigh(matrix)
+    for mode in (0, -1):
+        # A displacement whose direction d is one mode of the linear map.
+        start = x + 1e-6 * jnp.linalg.solve(hessian, vectors[:, mode])
+        _, _, norms = train(task_losses, balancer, start, 10, alpha, state=state)
+        measured = float((norms[-1] / norms[0]) ** (1 / 9))
+        assert measured == pytest.approx(abs(float(values[mode])), rel=5e-4)
+
+
+@pytest.mark.x64
+@pytest.mark.slow
+def test_defaults_end_on_the_pareto_set_of_the_toy_problem():
+    run = lambda x: train(
+        toy.task_losses, bilb.marigold(), x, 50_000, None, optimizer=optax.adam(1e-3)
+    )[0]
+    ends = jax.vmap(run)(jnp.array(toy.STARTS))
+
+    def stationarity(x):
+        jacobian = jax.jacobian(toy.task_losses)(x)
+        return bilb.metrics.pareto_stationarity(jacobian @ jacobian.T)
+
+    assert (jax.vmap(stationarity)(ends) < 1e-2).all(), ends
+
+
+@pytest.mark.x64
+def test_finite_differences_are_first_order():
+    task_losses, _, x = quadratics(3, 3, 10)
+    direction = jax.grad(lambda x: task_losses(x).sum())(x)
+    exact = bilb.slopes.forward(task_losses, x, direction)
+    np.testing.assert_allclose(exact, jax.jacobian(task_losses)(x) @ direction, rtol=1e-12)
+
+    def error(h):
+        return jnp.abs(bilb.slopes.finite_difference(h)(task_losses, x, direction) - exact).max()
+
+    assert error(1e-3) / error(5e-4) == pytest.approx(2.0, rel=1e-4)
+    assert error(1e-3) < 1e-3 * jnp.abs(exact).max()
+
+
+def test_default_displacement_suits_float32():
+    task_losses, _, x = quadratics(3, 3, 10)
+    direction = jax.grad(lambda x: task_losses(x).sum())(x)
+    exact = bilb.slopes.forward(task_losses, x, direction)
+    approximate = bilb.slopes.finite_difference()(task_losses, x, direction)
+    assert approximate.dtype == jnp.float32
+    np.testing.assert_allclose(approximate, exact, atol=5e-3 * jnp.abs(exact).max())
+
+
+def test_finite_difference_along_nothing_is_zero():
+    task_losses, _, x = quadratics(0, 2, 2)
+    slopes = bilb.slopes.finite_difference()(task_losses, x, jnp.zeros(2))
+    np.testing.assert_array_equal(slopes, jnp.zeros(2))
+
+
+@pytest.mark.x64
+def test_transform_pushes_the_slopes_through():
+    """After one step the weights are those that the slopes of the log losses ask for."""
+    task_losses, _, x = quadratics(3, 3, 10)
+    balancer = bilb.marigold(scheme="exponentiated", transform=jnp.log, optimizer=optax.sgd(0.01))
+    value_and_grad = bilb.value_and_grad(task_losses, balancer)
+    state = value_and_grad.init(x)
+    _, grads, state = value_and_grad(x, state)
+    jacobian = jax.jacobian(lambda x: jnp.log(task_losses(x)))(x)
+    np.testing.assert_allclose(grads, jacobian.mean(0), rtol=1e-12)
+    _, _, state = value_and_grad(x - 0.01 * grads, state)
+    expected = jax.nn.softmax(-0.01 * jacobian @ grads)
+    np.testing.assert_allclose(state.balancer.weights, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("transform", [None, jnp.log])
+def test_slope_fn_and_inner_steps_solve_the_problem_at_once(transform):
+    task_losses, _, x = quadratics(3, 3, 10)
+    gram = lambda j: j @ j.T
+    transformed = lambda x: (transform or (lambda losses: losses))(task_losses(x))
+    exact = gram(jax.jacobian(transformed)(x))
+    balancer = bilb.marigold(
+        scheme="projection",
+        transform=transform,
+        inner_steps=500,
+        optimizer=optax.sgd(1 / jnp.trace(exact)),
+    )
+    value_and_grad = bilb.value_and_grad(task_losses, balancer)
+    _, _, state = jax.jit(value_and_grad)(x, value_and_grad.init(x))
+    weights = state.balancer.weights
+    value = lambda w: w @ exact @ w
+    assert value(weights) == pytest.approx(float(value(min_norm_weights(exact))), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "link", [bilb.log_losses(), bilb.scale_by(2.0), bilb.scale_by_initial_loss()]
+)
+def test_a_normalisation_given_slopes_is_an_error(link):
+    task_losses, _, x = quadratics(0, 2, 2)
+    value_and_grad = bilb.value_and_grad(task_losses, optax.chain(link, bilb.marigold()))
+    with pytest.raises(TypeError, match="transform="):
+        value_and_grad.init(x)
+
+
+def conflicting():
+    """A Gram matrix of three conflicting gradients with an interior solution."""
+    jacobian = jnp.array([[1.0, 0.2, 0.0], [-0.6, 1.0, 0.3], [0.3, -0.8, 1.0]])
+    return jacobian @ jacobian.T
+
+
+def solve(lower, scheme="softmax", optimizer=None, steps=20_000, **options):
+    """The weights after many steps at fixed gradients, by the balancer alone."""
+    gram = conflicting()
+    optimizer = optimizer or optax.adam(optax.cosine_decay_schedule(0.025, steps))
+    balancer = bilb.marigold(lower, scheme=scheme, optimizer=optimizer, **options)
+    losses = jnp.ones(3)
+    slope_fn = lambda weights: gram @ weights
+
+    def step(carry, _):
+        state, slopes = carry
+        _, state = balancer.update(losses, state, slopes=slopes, slope_fn=slope_fn)
+        return (state, gram @ state.weights), None
+
+    (state, _), _ = jax.lax.scan(step, (balancer.init(losses), jnp.zeros(3)), length=steps)
+    return gram, state.weights
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize(
+    ("lower", "exponent"),
+    [("nash", 1.0), ("fairgrad", 0.5), (bilb.lower_levels.fairgrad(alpha=1.0), 1.0)],
+)
+def test_fair_lower_levels_reach_their_balance(lower, exponent):
+    gram, weights = solve(lower)
+    balance = weights**exponent * (gram @ weights)
+    np.testing.assert_allclose(balance, balance.mean() * jnp.ones(3), rtol=1e-3)
+
+
+@pytest.mark.x64
+def test_sdmgrad_is_mgda_on_the_truncated_simplex():
+    gram, weights = solve("sdmgrad")
+    eta, tasks = 0.3, 3
+    floor = eta / (tasks * (1 + eta))
+
+    def step(v, _):
+        v = v - 0.1 * gram @ v - floor
+        mass = 1 - tasks * floor
+        return mass * optax.projections.projection_simplex(v / mass) + floor, None
+
+    expected, _ = jax.lax.scan(step, jnp.full(3, 1 / 3), length=5_000)
+    np.testing.assert_allclose(weights, expected, atol=1e-3)
+
+
+@pytest.mark.x64
+def test_cagrad_lower_level_reaches_its_optimum():
+    gram, weights = solve("cagrad")
+    c = 0.4
+    mean = jnp.full(3, 1 / 3)
+    radius = c * jnp.sqrt(mean @ gram @ mean)
+    dual = lambda w: w @ gram @ mean + radius * jnp.sqrt(w @ gram @ w)
+
+    def step(w, _):
+        return optax.projections.projection_simplex(w - 0.05 * jax.grad(dual)(w)), None
+
+    w, _ = jax.lax.scan(step, mean, length=20_000)
+    expected = (mean + radius / jnp.sqrt(w @ gram @ w) * w) / (1 + c**2)
+    np.testing.assert_allclose(weights, expected, atol=1e-3)
+
+
+@pytest.mark.x64
+def test_dualproj_reaches_the_projection_on_the_dual_cone():
+    gram, weights = solve("dualproj", "projection", optax.sgd(0.05))
+    slack = gram @ weights
+    assert (weights >= 1 / 3 - 1e-9).all()
+    assert (slack >= -1e-6).all()
+    np.testing.assert_allclose((weights - 1 / 3) * slack, jnp.zeros(3), atol=1e-6)
+
+
+def test_a_constant_regulariser_slides_to_equal_weights():
+    task_losses, _, x = quadratics(3, 3, 10)
+    trace = gram_trace(task_losses, x)
+    end = functools.partial(train, task_losses, x=x, steps=20_000, learning_rate=0.1)
+    make = functools.partial(bilb.marigold, scheme="projection", optimizer=optax.sgd(1 / trace))
+    _, free, _ = end(make())
+    _, pulled, _ = end(make(regularization=1e-3 * trace))
+    spread = lambda state: jnp.ptp(state.balancer.weights)
+    assert spread(pulled) < 1e-2 < spread(free)
+
+
+def test_weights_learn_only_from_tasks_present_both_times():
+    balancer = bilb.marigold()
+    losses, mask = jnp.ones(3), jnp.array([True, False, True])
+    state = balancer.init(losses)
+    _, state = balancer.update(losses, state, slopes=jnp.zeros(3), mask=mask)
+    np.testing.assert_allclose(state.weights, [0.5, 1 / 3, 0.5], rtol=1e-6)
+    slopes = jnp.array([2.0, jnp.nan, 1.0])
+    balanced, learnt = balancer.update(losses, state, slopes=slopes)
+    moments = optax.tree.get(learnt.opt_state, "mu")
+    assert moments[1] == 0 != moments[0]
+    assert learnt.point[1] == 0
+    assert learnt.weights[2] > learnt.weights[0]
+    np.testing.assert_allclose(balanced.sum(), 1.0, rtol=1e-6)
+
+
+def test_slopes_that_are_not_finite_teach_nothing():
+    balancer = bilb.marigold()
+    losses = jnp.ones(2)
+    _, state = balancer.update(losses, balancer.init(losses), slopes=jnp.zeros(2))
+    _, after = balancer.update(losses, state, slopes=jnp.array([1.0, jnp.inf]))
+    np.testing.assert_array_equal(after.point, state.point)
+    assert np.isfinite(jax.tree.leaves(after.opt_state)[1]).all()
+
+
+def test_slopes_on_an_independent_batch_and_of_the_shared_parameters():
+    def task_losses(params, batch):
+        hidden = batch @ params["trunk"]
+        return jnp.stack([jnp.sum((hidden * head) ** 2) for head in params["heads"]])
+
+    params = {"trunk": jnp.ones((3, 2)), "heads": [jnp.ones(2), 2 * jnp.ones(2)]}
+    shared = {"trunk": True, "heads": False}
+    batches = [jax.random.normal(jax.random.key(k), (4, 3)) for k in range(2)]
+    value_and_grad = bilb.value_and_grad(task_losses, bilb.marigold(), shared=shared)
+    state = value_and_grad.init(params, batches[0])
+    _, grads, state = value_and_grad(params, state, batches[0], slope_args=(batches[1],))
+    trunk = jax.jacobian(lambda t: task_losses({**params, "trunk": t}, batches[1]))(params["trunk"])
+    np.testing.assert_allclose(
+        state.slopes, jnp.einsum("kij,ij->k", trunk, grads["trunk"]), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"lower": "pcgrad"}, "pcgrad"),
+        ({"scheme": "simplex"}, "simplex"),
+        ({"lower": "dualproj"}, "projection"),
+        ({"lower": "nash", "scheme": "projection"}, "softmax"),
+        ({"inner_steps": 0}, "inner_steps"),
+        ({"regularization": -1.0}, "-1"),
+    ],
+)
+def test_bad_options(options, match):
+    with pytest.raises(ValueError, match=match):
+        bilb.marigold(**options)
+
+
+def test_says_what_is_missing():
+    losses = jnp.ones(2)
+    for balancer, argument in [
+        (bilb.marigold(), "slopes"),
+        (bilb.marigold(inner_steps=2), "slope_fn"),
+        (bilb.marigold("cagrad"), "slope_fn"),
+    ]:
+        with pytest.raises(bilb.MissingArgument, match=argument) as missing:
+            balancer.update(losses, balancer.init(losses))
+        assert missing.value.argument == argument
+
+
+def test_wrong_shape_of_slopes():
+    balancer = bilb.marigold()
+    with pytest.raises(ValueError, match=r"\(3,\)"):
+        balancer.update(jnp.ones(2), balancer.init(jnp.ones(2)), slopes=jnp.ones(3))
