@@ -1,5 +1,6 @@
 """Multi-task learning for JAX, written the way Optax is written."""
 
+from bilb import metrics as metrics
 from bilb import presets as presets
 from bilb import slopes as slopes
 from bilb.base import MissingArgument as MissingArgument

@@ -1,0 +1,1 @@
+"""Gradient balancing: aggregators, their weightings and the solvers that they share."""
