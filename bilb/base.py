@@ -121,8 +121,9 @@ def keep_absent(
 ) -> PyTree:
     """Returns ``new`` with the entries of absent tasks as they were in ``old``.
 
-    An axis belongs to the tasks if it grows with K. A state that cannot be initialised for another
-    K (it holds constants per task) tells nothing that way; there, an axis of length K counts.
+    An axis belongs to the tasks if it changes with K. A state that cannot be initialised for
+    another K (it holds constants per task) tells nothing that way; there, an axis of length K
+    counts.
 
     Args:
         mask: (K,) bool, the tasks that are present.
@@ -132,8 +133,8 @@ def keep_absent(
     """
     num_tasks = mask.shape[0]
 
-    def keep(leaf, wider, new, old):
-        axes = [a for a, (n, m) in enumerate(zip(leaf.shape, wider.shape)) if n != m]
+    def keep(leaf, other, new, old):
+        axes = [a for a, (n, m) in enumerate(zip(leaf.shape, other.shape)) if n != m]
         if not axes:
             return new
         shape = [1] * old.ndim
@@ -141,12 +142,16 @@ def keep_absent(
         return jnp.where(mask.reshape(shape), new, old)
 
     leaves = specification(num_tasks)
-    try:
-        wider = specification(num_tasks + 1)
-    except (ValueError, TypeError):
-        grown = lambda leaf: tuple(n + (n == num_tasks) for n in leaf.shape)
-        wider = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(grown(leaf), leaf.dtype), leaves)
-    return jax.tree.map(keep, leaves, wider, new, old)
+    grown = lambda leaf: tuple(n + (n == num_tasks) for n in leaf.shape)
+    other = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(grown(leaf), leaf.dtype), leaves)
+    # Bounds such as a router's clip may allow one task fewer but not one more.
+    for count in (num_tasks + 1, num_tasks - 1):
+        try:
+            other = specification(count)
+            break
+        except (ValueError, TypeError, ZeroDivisionError):
+            continue
+    return jax.tree.map(keep, leaves, other, new, old)
 
 
 def check_losses(losses: Any) -> tuple[int, np.dtype]:

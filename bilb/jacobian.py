@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from bilb import base
 
@@ -71,7 +72,8 @@ def linearize_with_features(
         return vjp(cast)[0]
 
     def pushforward(direction):
-        return jax.linear_transpose(lambda c: vjp(c)[0], values)(direction)[0]
+        cast = jax.tree.map(lambda d, p: jnp.asarray(d, jnp.result_type(p)), direction, params)
+        return jax.linear_transpose(lambda c: vjp(c)[0], values)(cast)[0]
 
     return values, aux, pullback, pushforward
 

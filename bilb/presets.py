@@ -7,6 +7,7 @@ learning rate, the default here).
 
 from __future__ import annotations
 
+import jax
 import optax
 
 from bilb import base, normalize
@@ -115,6 +116,7 @@ def bilb4mtl_qm9(
     *,
     every: int | None,
     optimizer: optax.GradientTransformation = optax.adam(1e-3),
+    key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """BiLB4MTL on QM9: logarithm relative to each epoch's first losses, relu-sigmoid router.
 
@@ -123,6 +125,7 @@ def bilb4mtl_qm9(
         every: updates per epoch, after which the initial losses are taken anew; None takes them
             once.
         optimizer: of the router.
+        key: seed or JAX key of the router's initial parameters.
 
     Returns:
         A chain of two loss transformations; see :func:`bilb.bilb4mtl` for errors and state.
@@ -138,7 +141,7 @@ def bilb4mtl_qm9(
         normalize.log_scale_by_initial_loss(every),
         bilb4mtl(
             penalty,
-            routers.relu_sigmoid(),
+            routers.relu_sigmoid(key=key),
             divisor="stop_gradient_sum",
             optimizer=optimizer,
         ),

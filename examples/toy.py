@@ -47,6 +47,8 @@ METHODS: dict[str, Callable[[Options], optax.GradientTransformation]] = {
             optimizer=optax.adam(o.learning_rate),
         ),
     ),
+    "marigold": lambda o: bilb.marigold(),
+    "famo": lambda o: bilb.famo(gamma=0.0, min_losses=jnp.array([SCALE * -21.0, -21.0])),
 }
 
 

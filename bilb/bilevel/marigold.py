@@ -193,7 +193,8 @@ def marigold(
 
         if lagged:
             slopes = base.check_per_step("slopes", slopes, losses, "marigold")
-            _, slopes = jax.jvp(apply_transform, (state.losses,), (slopes,))
+            previous = state.losses.astype(losses.dtype)
+            _, slopes = jax.jvp(apply_transform, (previous,), (slopes,))
             both = state.present & present
             learnt = learn(state, lambda _: jnp.where(both, slopes, 0.0), rho, both)
             learnt = jax.tree.map(lambda n, o: jnp.where(state.step > 0, n, o), learnt, state)

@@ -1,0 +1,375 @@
+"""What the example scripts share: a small multi-task network, its training, a table and a figure.
+
+An example describes its data as a :class:`Problem` and hands it to :func:`main`. Every method is
+trained on the same batches from the same initial parameters, together with one separate network
+per task (STL), whose losses are plain (``STL``) or logarithms (``STL-log``): methods that balance
+the logarithms of the losses owe part of their success to the logarithm alone, and the second
+reference shows how much.
+
+To add a method, add a line to :data:`METHODS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import report
+import tqdm
+import tyro
+
+import bilb
+
+Array = jax.Array | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One task: a classification with ``classes`` classes, or a regression where that is 0."""
+
+    name: str
+    classes: int = 0
+    unit: str = "%"
+    scale: float = 1.0  # from the target as trained on to the unit in which the error is shown
+
+    def loss(self, output: Array, target: Array) -> Array:
+        """Returns the mean loss of a batch: cross-entropy, or the mean squared error."""
+        if self.classes:
+            return optax.softmax_cross_entropy_with_integer_labels(output, target).mean()
+        return jnp.mean((output[:, 0] - target) ** 2)
+
+    def error(self, output: Array, target: Array) -> Array:
+        """Returns the error shown, lower is better: misclassified %, or the mean absolute error."""
+        if self.classes:
+            return 100.0 * jnp.mean(output.argmax(-1) != target)
+        return self.scale * jnp.mean(jnp.abs(output[:, 0] - target))
+
+
+class Data(NamedTuple):
+    """Examples: inputs (N, D) and, for each task, targets (N,)."""
+
+    inputs: Array
+    targets: tuple[Array, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Data, tasks and the training setting, the same for every method."""
+
+    title: str
+    tasks: tuple[Task, ...]
+    pool: Data  # every seed draws its own `train_size` training examples from here
+    test: Data
+    train_size: int
+    batch_size: int
+    steps: int
+    learning_rate: float
+    hidden: tuple[int, ...] = (64, 64)
+
+    @property
+    def network(self) -> MultiTaskNetwork:
+        """The network to train."""
+        return MultiTaskNetwork(self.hidden, tuple(max(task.classes, 1) for task in self.tasks))
+
+
+class MultiTaskNetwork(nn.Module):
+    """A multi-layer perceptron shared by all tasks, then one linear head per task."""
+
+    hidden: tuple[int, ...]
+    heads: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, inputs: Array) -> tuple[Array, ...]:
+        """Returns the outputs of the tasks, (batch, width) each."""
+        features = inputs
+        for layer, width in enumerate(self.hidden):
+            features = nn.relu(nn.Dense(width, name=f"trunk_{layer}")(features))
+        return tuple(nn.Dense(w, name=f"head_{k}")(features) for k, w in enumerate(self.heads))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a method may want to know about the training run.
+
+    The first four are traced, so that changing them compiles nothing anew.
+    """
+
+    learning_rate: float | Array
+    penalty: float | Array
+    seed: int | Array  # the key of methods that draw random numbers
+    selection: Array  # (K,), one-hot: the task of a single-task network
+    steps: int = dataclasses.field(metadata={"static": True})
+    steps_per_epoch: int = dataclasses.field(metadata={"static": True})
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """Adam whose learning rate decays to 1 % of its initial value along a cosine.
+
+        Trains the network and, as in the official code of the papers, what a method learns.
+        """
+        return optax.adam(optax.cosine_decay_schedule(self.learning_rate, self.steps, alpha=0.01))
+
+
+Factory = Callable[[Settings], optax.GradientTransformation]
+
+METHODS: dict[str, Factory] = {
+    "ls": lambda s: bilb.linear_scalarization(),
+    "si": lambda s: bilb.log_losses(),
+    "bilb4mtl": lambda s: bilb.presets.bilb4mtl_qm9(
+        s.penalty, every=s.steps_per_epoch, optimizer=s.optimizer(), key=s.seed
+    ),
+    "bilb4mtl_celeba": lambda s: bilb.presets.bilb4mtl_celeba(s.penalty, optimizer=s.optimizer()),
+    "marigold": lambda s: bilb.marigold(transform=jnp.log),
+    "famo": lambda s: bilb.famo(),
+}
+
+REFERENCES: dict[str, Factory] = {
+    "STL": lambda s: bilb.linear_scalarization(s.selection),
+    "STL-log": lambda s: optax.chain(bilb.log_losses(), bilb.linear_scalarization(s.selection)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What training one method with all seeds gave."""
+
+    method: str
+    errors: np.ndarray  # (seeds, K) on the test set, in the tasks' units
+    steps: np.ndarray  # (T,) the last step of each window that the histories average over
+    losses: np.ndarray  # (seeds, T, K) training losses
+    weights: np.ndarray | None  # (seeds, T, K), None if the method keeps none
+    seconds: float  # wall time, compilation included
+
+
+def train(
+    problem: Problem, method: str, *, seeds: int, steps: int | None = None, penalty: float = 0.05
+) -> Run:
+    """Trains one method for a fixed number of steps with several seeds at once.
+
+    A seed changes the initial parameters, the training subset and the order of the batches. The
+    network after the last step is the one tested; nothing is selected on the way.
+
+    Args:
+        problem: data, tasks and setting.
+        method: a name in `METHODS`, or in `REFERENCES` for one separate network per task.
+        seeds: number of seeds: 0, 1, ..., seeds - 1.
+        steps: number of steps; the problem's by default.
+        penalty: weight of the loss discrepancy in the bilevel methods.
+    """
+    start = time.perf_counter()
+    steps = problem.steps if steps is None else steps
+    num_tasks, network = len(problem.tasks), problem.network
+    settings = Settings(
+        learning_rate=jnp.float32(problem.learning_rate),
+        penalty=jnp.float32(penalty),
+        seed=jnp.arange(seeds),
+        selection=jnp.eye(num_tasks) if method in REFERENCES else jnp.ones((1, num_tasks)),
+        steps=steps,
+        steps_per_epoch=max(1, problem.train_size // problem.batch_size),
+    )
+    static = dict(method=method, network=network, tasks=problem.tasks)
+    pool = jax.tree.map(jnp.asarray, problem.pool)
+    batches = jnp.asarray(batch_order(problem, steps, seeds))
+    parameters = initial_parameters(network, pool.inputs[:1], settings.seed)
+    carry = start_training(settings, parameters, pool, batches[:, 0], **static)
+
+    length, window = chunking(steps)
+    history = []
+    with tqdm.tqdm(total=steps, desc=f"{method:>15}", unit="step", disable=None) as progress:
+        for begin in range(0, steps, length):
+            chunk = batches[:, begin : begin + length]
+            carry, records = continue_training(
+                settings, carry, pool, chunk, window=window, **static
+            )
+            history.append(jax.tree.map(np.asarray, records))
+            progress.update(length)
+    errors = evaluate(carry[0], problem.test, network=network, tasks=problem.tasks)
+    losses, weights = jax.tree.map(lambda *parts: np.concatenate(parts, axis=2), *history)
+    return Run(
+        method=method,
+        errors=_of_own_task(np.asarray(errors)),
+        steps=np.arange(window, steps + 1, window),
+        losses=_of_own_task(losses),
+        # What a reference's one-hot weights would show is known beforehand.
+        weights=None if weights is None or method in REFERENCES else _of_own_task(weights),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _of_own_task(values: np.ndarray) -> np.ndarray:
+    """Drops the axis of networks, second of (seeds, R, ..., K).
+
+    Network k of a reference (R = K) speaks for task k alone; otherwise there is one network.
+    """
+    if values.shape[1] == 1:
+        return values[:, 0]
+    return np.moveaxis(np.diagonal(values, axis1=1, axis2=values.ndim - 1), -1, values.ndim - 2)
+
+
+def batch_order(problem: Problem, steps: int, seeds: int) -> np.ndarray:
+    """Returns rows of the pool, (seeds, steps, batch_size): epochs over each seed's own subset."""
+    size, batch = problem.train_size, problem.batch_size
+    per_epoch = size // batch
+    if per_epoch == 0 or size > len(problem.pool.inputs):
+        raise ValueError(f"cannot draw batches of {batch} from {size} training examples")
+    order = []
+    for seed in range(seeds):
+        rng = np.random.default_rng(seed)
+        subset = rng.permutation(len(problem.pool.inputs))[:size]
+        epochs = [
+            rng.permutation(subset)[: per_epoch * batch] for _ in range(-(-steps // per_epoch))
+        ]
+        order.append(np.concatenate(epochs).reshape(-1, batch)[:steps])
+    return np.stack(order).astype(np.int32)
+
+
+def chunking(steps: int, chunks: int = 20, points: int = 150) -> tuple[int, int]:
+    """Returns steps per chunk and steps per history point; the latter divides the former.
+
+    All chunks are equally long, so that one compiled program runs them all.
+    """
+    length = min(d for d in range(1, steps + 1) if steps % d == 0 and steps // d <= chunks)
+    divisors = [d for d in range(1, length + 1) if length % d == 0]
+    return length, next((d for d in divisors if steps // d <= points), length)
+
+
+@functools.partial(jax.jit, static_argnames=("network",))
+def initial_parameters(network: MultiTaskNetwork, example: Array, seeds: Array) -> Any:
+    """Returns initial parameters with a leading axis of seeds."""
+    return jax.vmap(lambda seed: network.init(jax.random.key(seed), example))(seeds)
+
+
+def ingredients(
+    settings: Settings, method: str, network: MultiTaskNetwork, tasks: tuple[Task, ...]
+) -> tuple[Any, optax.GradientTransformation]:
+    """Returns bilb's value_and_grad of the task losses, and the network's optimiser."""
+
+    def task_losses(parameters: Any, batch: Data) -> Array:
+        outputs = network.apply(parameters, batch.inputs)
+        return jnp.stack([t.loss(o, y) for t, o, y in zip(tasks, outputs, batch.targets)])
+
+    balancer = (METHODS | REFERENCES)[method](settings)
+    return bilb.value_and_grad(task_losses, balancer), settings.optimizer()
+
+
+def over_networks(function: Callable[..., Any], settings: Settings, networks: int | None) -> Any:
+    """Vectorises ``function(settings, x, rows)`` over the seeds and R networks of each.
+
+    R is K for a single-task reference, one network per selected task, else 1. Networks of a seed
+    share the batches ``rows``; ``networks`` is the axis of ``x`` for them, None if they share it.
+    """
+    shared = dataclasses.replace(
+        settings, learning_rate=None, penalty=None, seed=None, selection=None
+    )
+    axes = (dataclasses.replace(shared, selection=0), networks, None)
+    return jax.vmap(
+        jax.vmap(function, in_axes=axes), in_axes=(dataclasses.replace(shared, seed=0), 0, 0)
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("method", "network", "tasks"))
+def start_training(settings, parameters, pool, rows, *, method, network, tasks):
+    """Returns (parameters, optimiser state, balancer state), leading axes (seeds, R)."""
+
+    def start(settings, parameters, rows):
+        value_and_grad, optimizer = ingredients(settings, method, network, tasks)
+        batch = jax.tree.map(lambda x: x[rows], pool)
+        return parameters, optimizer.init(parameters), value_and_grad.init(parameters, batch)
+
+    return over_networks(start, settings, networks=None)(settings, parameters, rows)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("method", "network", "tasks", "window"), donate_argnames="carry"
+)
+def continue_training(settings, carry, pool, rows, *, method, network, tasks, window):
+    """Trains on the batches ``rows`` (seeds, steps, batch_size).
+
+    Returns:
+        The new carry, and the losses and weights averaged over windows of steps,
+        (seeds, R, steps / window, K) each.
+    """
+
+    def run(settings, carry, rows):
+        value_and_grad, optimizer = ingredients(settings, method, network, tasks)
+
+        def step(carry, rows):
+            parameters, opt_state, state = carry
+            batch = jax.tree.map(lambda x: x[rows], pool)
+            losses, gradient, state = value_and_grad(parameters, state, batch)
+            updates, opt_state = optimizer.update(gradient, opt_state, parameters)
+            parameters = optax.apply_updates(parameters, updates)
+            state = value_and_grad.after(parameters, state, batch)
+            return (parameters, opt_state, state), (losses, optax.tree.get(state, "weights"))
+
+        carry, history = jax.lax.scan(step, carry, rows)
+        thin = lambda x: x.reshape(-1, window, *x.shape[1:]).mean(1)
+        return carry, jax.tree.map(thin, history)
+
+    return over_networks(run, settings, networks=0)(settings, carry, rows)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "tasks"))
+def evaluate(parameters, test, *, network, tasks):
+    """Returns the errors (seeds, R, K) on the test set."""
+
+    def errors(parameters):
+        outputs = network.apply(parameters, test.inputs)
+        return jnp.stack([t.error(o, y) for t, o, y in zip(tasks, outputs, test.targets)])
+
+    return jax.vmap(jax.vmap(errors))(parameters)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options that all examples have."""
+
+    method: Annotated[
+        tuple[str, ...], tyro.conf.arg(help=f"Methods to train, out of: {', '.join(METHODS)}.")
+    ] = ("ls", "si", "bilb4mtl")
+    seeds: int = 3
+    """Number of seeds, trained side by side."""
+    steps: int | None = None
+    """Training steps; the example's own number by default."""
+    penalty: float = 0.05
+    """Weight of the loss discrepancy in the bilevel methods; above 0.1 it does harm here."""
+    output: Path = Path("outputs")
+    """Folder for the table, its numbers and the figure."""
+
+    def mistake(self) -> str | None:
+        """Says what is wrong with the options, if anything."""
+        unknown = [name for name in self.method if name not in METHODS]
+        if unknown or not self.method:
+            what = f"unknown method {', '.join(unknown)}" if unknown else "no method"
+            return f"{what}; choose from: {', '.join(METHODS)}"
+        if self.seeds < 1 or (self.steps is not None and self.steps < 1):
+            return "--seeds and --steps must be at least 1"
+        return None if self.penalty >= 0 else "--penalty must not be negative"
+
+
+def main(options_type: type[Options], make_problem: Callable[[Any], Problem]) -> None:
+    """Reads the command line, trains references and methods, prints the table, writes the files."""
+    options = tyro.cli(options_type)
+    if mistake := options.mistake():
+        sys.exit(f"error: {mistake}")
+    start = time.perf_counter()
+    try:
+        problem = make_problem(options)
+    except ModuleNotFoundError as error:  # a data package; the message says how to install it
+        sys.exit(f"error: {error}")
+    arguments = dict(seeds=options.seeds, steps=options.steps, penalty=options.penalty)
+    names = [*REFERENCES, *dict.fromkeys(options.method)]
+    runs = [train(problem, name, **arguments) for name in names]
+    setting = {"title": problem.title, **arguments, "steps": options.steps or problem.steps}
+    print(report.publish(problem, runs, list(REFERENCES), setting, options.output))
+    print(f"{time.perf_counter() - start:.0f} s in all")

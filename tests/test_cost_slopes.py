@@ -1,0 +1,124 @@
+"""What MARIGOLD and FAMO cost beyond the plain sum of losses, in compiled training steps."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.extend
+import jax.numpy as jnp
+import optax
+import pytest
+
+import bilb
+
+
+class MLP(nn.Module):
+    num_tasks: int
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(4):
+            x = nn.relu(nn.Dense(256)(x))
+        return nn.Dense(self.num_tasks)(x)
+
+
+class ConvNet(nn.Module):
+    num_tasks: int
+
+    @nn.compact
+    def __call__(self, x):
+        for channels in (16, 32, 32):
+            x = nn.relu(nn.Conv(channels, (3, 3))(x))
+        return nn.Dense(self.num_tasks)(x.mean((1, 2)))
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.relu(nn.Dense(x.shape[-1])(x)), None
+
+
+class ScannedMLP(nn.Module):
+    num_tasks: int
+
+    @nn.compact
+    def __call__(self, x):
+        layers = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=8)
+        x, _ = layers()(nn.Dense(256)(x), None)
+        return nn.Dense(self.num_tasks)(x)
+
+
+NETWORKS = {
+    "mlp": (MLP, (256, 128)),
+    "conv": (ConvNet, (32, 16, 16, 3)),
+    "scan": (ScannedMLP, (256, 128)),
+}
+METHODS = {
+    "finite_difference": (bilb.marigold, {"slopes": bilb.slopes.finite_difference()}, 1.40),
+    "exact": (bilb.marigold, {}, 1.70),
+    "famo": (bilb.famo, {}, 1.40),
+}
+
+
+def product_flops(jaxpr):
+    """Flops of the matrix products and convolutions of a program, loops counted in full."""
+    total = 0
+    for equation in jaxpr.eqns:
+        params = equation.params
+        shapes = [getattr(v.aval, "shape", ()) for v in (*equation.invars, *equation.outvars)]
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            total += 2 * math.prod(shapes[-1]) * math.prod(shapes[0][i] for i in contracted)
+        elif equation.primitive.name == "conv_general_dilated":
+            kernel = params["dimension_numbers"].rhs_spec[1:]
+            total += 2 * math.prod(shapes[-1]) * math.prod(shapes[1][i] for i in kernel)
+        times = params["length"] if equation.primitive.name == "scan" else 1
+        inner = jax.extend.core.jaxprs_in_params(params)
+        total += times * sum(product_flops(jaxpr) for jaxpr in inner)
+    return total
+
+
+def flops(network, shape, balancer, **options):
+    """Flops of a training step; a network with a loop is counted by its products."""
+    task_losses = lambda params, x, y: jnp.mean((network.apply(params, x) - y) ** 2, axis=0)
+    value_and_grad = bilb.value_and_grad(task_losses, balancer, **options)
+    optimizer = optax.adamw(1e-3)
+
+    def step(params, opt_state, state, x, y):
+        _, grads, state = value_and_grad(params, state, x, y)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        return params, opt_state, value_and_grad.after(params, state, x, y)
+
+    def start():
+        x, y = jnp.zeros(shape), jnp.zeros((shape[0], network.num_tasks))
+        params = network.init(jax.random.key(0), x)
+        return params, optimizer.init(params), value_and_grad.init(params, x, y), x, y
+
+    traced = jax.jit(step).trace(*jax.eval_shape(start))
+    if isinstance(network, ScannedMLP):
+        return product_flops(traced.jaxpr.jaxpr)
+    return traced.lower().compile().cost_analysis()["flops"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", NETWORKS)
+def test_slopes_cost_a_forward_pass_whatever_the_number_of_tasks(network):
+    make, shape = NETWORKS[network]
+    ratios = {name: [] for name in METHODS}
+    for num_tasks in (2, 40):
+        plain = flops(make(num_tasks), shape, bilb.linear_scalarization())
+        for name, (method, options, most) in METHODS.items():
+            ratio = flops(make(num_tasks), shape, method(), **options) / plain
+            assert 1.2 < ratio <= most, (name, num_tasks)
+            ratios[name].append(ratio)
+    for name, (few, many) in ratios.items():
+        assert many == pytest.approx(few, rel=0.02), name
+
+
+def test_counting_a_loop_in_full():
+    """The count of a scanned network is that of its layers written out."""
+    weights = jnp.zeros((5, 7, 7))
+    scanned = lambda x: jax.lax.scan(lambda x, w: (x @ w, None), x, weights)[0]
+    traced = jax.jit(scanned).trace(jnp.zeros((3, 7)))
+    assert product_flops(traced.jaxpr.jaxpr) == 5 * 2 * 3 * 7 * 7
