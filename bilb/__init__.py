@@ -18,12 +18,43 @@ from bilb.bilevel.marigold import adagrad_norm as adagrad_norm
 from bilb.bilevel.marigold import marigold as marigold
 from bilb.bilevel.routers import Router as Router
 from bilb.jacobian import linearize as linearize
+from bilb.loss_balancing.auto_lambda import AutoLambdaState as AutoLambdaState
+from bilb.loss_balancing.auto_lambda import auto_lambda as auto_lambda
+from bilb.loss_balancing.cosmos import COSMOSState as COSMOSState
+from bilb.loss_balancing.cosmos import cosmos as cosmos
+from bilb.loss_balancing.dwa import DWAState as DWAState
+from bilb.loss_balancing.dwa import SlidingDWAState as SlidingDWAState
+from bilb.loss_balancing.dwa import dwa as dwa
 from bilb.loss_balancing.famo import FAMOState as FAMOState
 from bilb.loss_balancing.famo import famo as famo
+from bilb.loss_balancing.forum import FORUMState as FORUMState
+from bilb.loss_balancing.forum import forum as forum
+from bilb.loss_balancing.geometric_mean import GeometricMeanState as GeometricMeanState
+from bilb.loss_balancing.geometric_mean import geometric_mean as geometric_mean
+from bilb.loss_balancing.gradnorm import GradNormState as GradNormState
+from bilb.loss_balancing.gradnorm import gradnorm as gradnorm
+from bilb.loss_balancing.imtl_l import IMTLLState as IMTLLState
+from bilb.loss_balancing.imtl_l import imtl_l as imtl_l
 from bilb.loss_balancing.linear_scalarization import (
     LinearScalarizationState as LinearScalarizationState,
 )
 from bilb.loss_balancing.linear_scalarization import linear_scalarization as linear_scalarization
+from bilb.loss_balancing.moml import MOMLState as MOMLState
+from bilb.loss_balancing.moml import moml as moml
+from bilb.loss_balancing.pbi import PBIState as PBIState
+from bilb.loss_balancing.pbi import pbi as pbi
+from bilb.loss_balancing.rlw import RLWState as RLWState
+from bilb.loss_balancing.rlw import rlw as rlw
+from bilb.loss_balancing.stch import STCHNadirState as STCHNadirState
+from bilb.loss_balancing.stch import STCHState as STCHState
+from bilb.loss_balancing.stch import stch as stch
+from bilb.loss_balancing.stch import stch_nadir as stch_nadir
+from bilb.loss_balancing.uncertainty_weighting import (
+    UncertaintyWeightingState as UncertaintyWeightingState,
+)
+from bilb.loss_balancing.uncertainty_weighting import (
+    uncertainty_weighting as uncertainty_weighting,
+)
 from bilb.normalize import InitialLossState as InitialLossState
 from bilb.normalize import LogScaleByInitialLossState as LogScaleByInitialLossState
 from bilb.normalize import log_losses as log_losses

@@ -216,6 +216,39 @@ def check_per_step(name: str, value: Any, losses: Array, method: str) -> Array:
     return jax.lax.stop_gradient(jnp.asarray(value, losses.dtype))
 
 
+def present(losses: Array, mask: Array | None) -> Array:
+    """Returns the mask as (K,) bool."""
+    return jnp.ones(losses.shape, bool) if mask is None else mask
+
+
+def num_present(losses: Array, mask: Array | None) -> int | Array:
+    """Returns the number of present tasks, at least 1."""
+    return losses.shape[0] if mask is None else jnp.maximum(jnp.sum(mask), 1)
+
+
+def split_over_tasks(
+    value: Array, weights: Array, losses: Array, mask: Array | None
+) -> tuple[Array, Array]:
+    """Splits the value f(l) of a scalar objective into an entry per task.
+
+    Entry k is ``l_k · sg(∂f/∂l_k)``, so that it carries task k's gradient, plus a constant under
+    ``stop_gradient`` that makes the sum over the present tasks equal f.
+
+    Args:
+        value: f(l), scalar.
+        weights: ∂f/∂l, (K,); entries of absent tasks do not matter.
+        losses: l, (K,).
+        mask: None or (K,) bool.
+
+    Returns:
+        ``(balanced (K,), weights (K,))``, the weights a constant.
+    """
+    value, weights = jax.lax.stop_gradient((value, weights))
+    by_task = weights * losses
+    remainder = jax.lax.stop_gradient(value - jnp.sum(by_task, where=mask))
+    return by_task + remainder / num_present(losses, mask), weights
+
+
 def at_step(value: Scalar, step: Array) -> Any:
     """Evaluates a schedule at ``step``; returns numbers and arrays as they are."""
     return value(step) if callable(value) else value

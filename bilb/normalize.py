@@ -18,7 +18,7 @@ import optax
 from bilb import base
 
 #: Extra arguments that belong to the losses as the model returns them.
-_OF_RAW_LOSSES = ("slopes", "losses_after", "slope_fn")
+_OF_RAW_LOSSES = ("slopes", "losses_after", "slope_fn", "gradient_norms")
 
 
 class InitialLossState(NamedTuple):

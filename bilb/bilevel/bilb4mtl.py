@@ -178,11 +178,7 @@ def balanced_losses(
             s = jnp.sum(weights, where=mask)
             s = jax.lax.stop_gradient(s) if divisor == "stop_gradient_sum" else s
             s = s if mask is None else jnp.where(mask.any(), s, 1.0)
-        split = u / s + penalty * compared * df
-        # Zero unless f is other than homogeneous of degree one (the variance is).
-        remainder = penalty * (f - jnp.sum(compared * df, where=mask))
-        tasks = losses.shape[0] if mask is None else jnp.maximum(jnp.sum(mask), 1)
-        balanced = split + jax.lax.stop_gradient(remainder / tasks)
+        balanced = u / s + penalty * base.split_over_tasks(f, df, compared, mask)[0]
         return balanced if mask is None else jnp.where(mask, balanced, 0.0), weights
 
     return balance

@@ -1,0 +1,172 @@
+"""GradNorm, arXiv 1711.02257: learns weights such that all tasks train at similar rates.
+
+With the gradient norms ``n_k = w_k ‖∇l_k‖`` of the weighted losses on the shared layer and the
+relative training rates ``r_k = (l_k / L_k) / mean_j (l_j / L_j)``, L the initial losses:
+
+* the model minimises ``Σ_k w_k l_k``
+* the weights minimise ``Σ_k |n_k - sg(mean_j n_j · r_k^α)|``
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilb import base
+
+_SMALLEST_SCALE = 1e-6
+
+
+class GradNormState(NamedTuple):
+    """State of :func:`gradnorm`."""
+
+    step: jax.Array  # () int32
+    weights: jax.Array  # (K,) the weights just used; 1 at first
+    scales: jax.Array  # (K,) what is learnt: logits, or the weights themselves; 1 at first
+    initial_losses: jax.Array  # (K,) mean of the first losses, 0 if none yet
+    count: jax.Array  # (K,) int32, losses in that mean
+    opt_state: optax.OptState  # of the scales
+
+
+def gradnorm(
+    alpha: base.Scalar = 1.5,
+    *,
+    base_steps: int | jax.Array = 1,
+    scheme: Literal["softmax", "sum"] = "softmax",
+    optimizer: optax.GradientTransformation = optax.adam(0.025),
+) -> optax.GradientTransformationExtraArgs:
+    """Learns weights that pull the tasks' gradient norms to a common size and training rate.
+
+    ``update`` needs the extra argument ``gradient_norms`` (K,): the norms ‖∇l_k‖ of the losses as
+    the model returns them, not yet weighted, with respect to the parameters that the tasks share
+    (the paper: the last shared layer); :func:`bilb.value_and_grad` supplies them, its ``shared=``
+    choosing the parameters. They are the square roots of the Gram matrix's diagonal and cost
+    K backward passes, over that layer alone if only its gradients are asked for.
+
+    During the first ``base_steps`` updates the weights are 1 and nothing is learnt; the initial
+    losses L are the mean over them. Every parameter of the model then sees the weighted sum of the
+    losses. LibMTL gives heads the gradients of the unweighted losses instead: to do the same, scale
+    the gradient of task k's head by ``1 / state.weights[k]``.
+
+    The weights are not negative and sum to K, with a mask to the number of present tasks. A
+    relative loss ``l_k / L_k`` below zero counts as 0, and as 1 where L is zero. A task that comes
+    late takes L from its own first losses. A non-finite loss or norm makes weights non-finite:
+    wrap in :func:`bilb.skip_nonfinite`.
+
+    Args:
+        alpha: α >= 0, how strongly slow tasks are favoured; a number, a traced scalar or a schedule
+            of the state's ``step``. Default 1.5, as in LibMTL.
+        base_steps: updates over which the initial losses are taken, at least 1. Default 1, the
+            paper's first loss; LibMTL: the updates of one epoch.
+        scheme: "softmax", ``w = K softmax(s)`` as in LibMTL, or "sum", the paper's weights that are
+            learnt themselves and divided by their mean after each update (kept above 1e-6 before).
+        optimizer: Optax optimiser of the scales; default Adam at 0.025.
+
+    Returns:
+        A loss transformation whose state has the fields ``step``, ``weights`` (K,), ``scales``
+        (K,), ``initial_losses`` (K,), ``count`` (K,) and ``opt_state``. ``scheme`` is static in
+        ``optax.inject_hyperparams``.
+
+    Raises:
+        ValueError: for a concrete ``alpha`` < 0 or ``base_steps`` < 1, an unknown scheme, or norms
+            that are not (K,).
+        MissingArgument: if ``gradient_norms`` is missing.
+
+    Example:
+        >>> import jax.numpy as jnp, numpy as np, bilb
+        >>> balancer = bilb.gradnorm()
+        >>> losses = jnp.array([1.0, 1.0])
+        >>> state = balancer.init(losses)
+        >>> for _ in range(3):
+        ...     _, state = balancer.update(losses, state, gradient_norms=jnp.array([1.0, 9.0]))
+        ...     print(np.asarray(state.weights).round(3))
+        [1. 1.]
+        [1. 1.]
+        [1.025 0.975]
+
+    References:
+        Chen et al., *GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep Multitask
+        Networks*, arXiv 1711.02257, Algorithm 1.
+    """
+    base.check_number("alpha", alpha, minimum=0)
+    base.check_number("base_steps", base_steps, minimum=1)
+    if scheme not in ("softmax", "sum"):
+        raise ValueError(f'scheme must be "softmax" or "sum"; got {scheme!r}.')
+
+    def weigh(scales, num_tasks, mask):
+        if scheme == "softmax":
+            return num_tasks * jax.nn.softmax(scales, where=mask)
+        # The paper does not differentiate through the division.
+        return scales * jax.lax.stop_gradient(num_tasks / jnp.sum(scales, where=mask))
+
+    def init(num_tasks, dtype):
+        scales = jnp.ones(num_tasks, dtype)
+        return GradNormState(
+            step=base.new_step(),
+            weights=jnp.ones(num_tasks, dtype),
+            scales=scales,
+            initial_losses=jnp.zeros(num_tasks, dtype),
+            count=jnp.zeros(num_tasks, jnp.int32),
+            opt_state=optimizer.init(scales),
+        )
+
+    def update(losses, state, *, mask, gradient_norms=None, **_):
+        if gradient_norms is None:
+            raise base.MissingArgument(
+                "gradient_norms",
+                "gradnorm",
+                "the norms (K,) of the task gradients on the shared parameters.",
+            )
+        if jnp.shape(gradient_norms) != losses.shape:
+            raise ValueError(
+                f"gradient_norms must have an entry per task, shape {losses.shape}; got shape "
+                f"{jnp.shape(gradient_norms)}."
+            )
+        present = base.present(losses, mask)
+        num_tasks = base.num_present(losses, mask)
+        norms = jnp.where(present, jax.lax.stop_gradient(gradient_norms), 0.0).astype(losses.dtype)
+        values = jax.lax.stop_gradient(losses)
+
+        take = base.usable(losses, mask) & (state.count < base_steps)
+        count = state.count + take
+        change = jnp.where(take, (values - state.initial_losses) / jnp.maximum(count, 1), 0)
+        initial = state.initial_losses + change
+
+        relative = jnp.where(initial == 0, 1.0, values / jnp.where(initial == 0, 1.0, initial))
+        relative = jnp.where(present, jnp.maximum(relative, 0.0), 0.0)
+        mean = jnp.sum(relative) / num_tasks
+        rates = jnp.where(mean == 0, 1.0, relative / jnp.where(mean == 0, 1.0, mean))
+        exponent = base.at_step(alpha, state.step)
+
+        def objective(scales):
+            n = weigh(scales, num_tasks, mask) * norms
+            target = jax.lax.stop_gradient(jnp.sum(n) / num_tasks * rates**exponent)
+            distances = n - target
+            # The absolute value, with derivative 0 at 0.
+            return jnp.sum(jax.lax.stop_gradient(jnp.sign(distances)) * distances)
+
+        updates, opt_state = optimizer.update(
+            jax.grad(objective)(state.scales), state.opt_state, state.scales
+        )
+        scales = optax.apply_updates(state.scales, updates)
+        if scheme == "sum":
+            scales = jnp.maximum(scales, _SMALLEST_SCALE)
+            total = jnp.sum(state.scales, where=mask)
+            scales = scales * (total / jnp.sum(scales, where=mask))
+
+        learns = state.step >= base_steps
+        keep = lambda new, old: jnp.where(learns, new, old)
+        weights = keep(weigh(state.scales, num_tasks, mask), jnp.ones_like(losses))
+        return weights * losses, GradNormState(
+            step=optax.safe_increment(state.step),
+            weights=weights,
+            scales=keep(scales, state.scales),
+            initial_losses=initial,
+            count=count,
+            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+        )
+
+    return base.loss_transformation(init, update)

@@ -1,0 +1,137 @@
+"""Multi-objective meta learning (MOML), NeurIPS 2021: every task's validation loss is an objective.
+
+With training losses l, validation losses v and weights ``w = softmax(α)``:
+
+* lower level, one step: ``θ' = θ - η Σ_k w_k ∇l_k(θ)``
+* upper level: ``min_α (v_1(θ'), ..., v_K(θ'))``, along MGDA's common descent direction
+  ``Σ_j λ_j ∂v_j/∂α`` of the K hypergradients, ``λ = argmin_{λ ∈ Δ} ‖Σ_j λ_j ∂v_j/∂α‖``
+* ``θ ← optimiser(Σ_k w_k ∇l_k(θ))``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilb import base, jacobian
+from bilb.gradient_balancing import solvers
+
+
+class MOMLState(NamedTuple):
+    """State of :func:`moml`."""
+
+    step: jax.Array  # () int32
+    logits: jax.Array  # (K,) α
+    weights: jax.Array  # (K,) softmax(α), with which the model took its last step
+    multipliers: jax.Array  # (K,) MGDA's weights λ of the last step; 1 / K at first
+    opt_state: optax.OptState  # of the model's optimiser
+    logits_opt_state: optax.OptState
+
+
+def moml(
+    task_losses: Callable[[base.PyTree, Any], jax.Array],
+    optimizer: optax.GradientTransformation,
+    *,
+    inner_learning_rate: base.Scalar,
+    logits_optimizer: optax.GradientTransformation = optax.adam(1e-3),
+) -> base.TrainingStep:
+    """Makes a training step that learns weights for which no validation loss suffers.
+
+    The lower level is one step, as in the experiments of the paper. It is linear in the weights, so
+    the hypergradients ``∂v_j/∂α = -η ⟨∇v_j(θ'), ∇l_k(θ)⟩ ∂w_k/∂α`` are exact without second
+    derivatives: two forward passes, K + 2 backward and K forward-mode passes per step, one after
+    another, in the memory of one gradient.
+
+    Not a loss transformation: it needs the losses of two batches at two points. The weights are
+    positive and sum to 1. A common descent direction shorter than about 1e-3 (float32) or 5e-8
+    (float64) times the longest hypergradient is rounding error and counts as zero: α then is Pareto
+    stationary. A non-finite loss teaches the logits nothing; ``optax.apply_if_finite`` keeps it
+    away from the model.
+
+    Args:
+        task_losses: ``task_losses(params, batch) -> losses (K,)``, for batches of both kinds.
+        optimizer: Optax optimiser of the model.
+        inner_learning_rate: η > 0 of the lower level's step; a number, a traced scalar or a
+            schedule of the state's ``step``. The official code uses the model's learning rate,
+            LibMTL 0.1.
+        logits_optimizer: Optax optimiser of α; default Adam at the official 1e-3.
+
+    Returns:
+        A :class:`bilb.TrainingStep`: ``state = init(params, batch)`` and ``params, state, losses =
+        update(params, state, batch, validation_batch)``, the training losses (K,) being those
+        before the step.
+
+    Raises:
+        ValueError: for a concrete ``inner_learning_rate`` <= 0, or losses that are not (K,).
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpy as np, optax, bilb
+        >>> task_losses = lambda x, batch: jnp.sum((x - batch) ** 2, axis=1)
+        >>> training = bilb.moml(task_losses, optax.sgd(0.1), inner_learning_rate=0.1)
+        >>> batch, validation = jnp.array([[1.0], [-1.0]]), jnp.array([[0.5], [0.7]])
+        >>> x = jnp.zeros(1)
+        >>> state = training.init(x, batch)
+        >>> x, state, losses = jax.jit(training.update)(x, state, batch, validation)
+        >>> print(np.asarray(state.weights).round(4), state.multipliers)
+        [0.5005 0.4995] [1. 0.]
+
+    References:
+        Ye et al., *Multi-Objective Meta Learning*, NeurIPS 2021, Algorithm 1, arXiv 2102.07121.
+    """
+    base.check_number("inner_learning_rate", inner_learning_rate, minimum=0, exclusive=True)
+
+    def init(params, batch, validation_batch=None):
+        del validation_batch
+        num_tasks, dtype = base.check_losses(jax.eval_shape(task_losses, params, batch))
+        dtype = jnp.promote_types(dtype, jnp.float32)
+        logits = jnp.zeros(num_tasks, dtype)
+        return MOMLState(
+            step=base.new_step(),
+            logits=logits,
+            weights=jnp.full(num_tasks, 1 / num_tasks, dtype),
+            multipliers=jnp.full(num_tasks, 1 / num_tasks, dtype),
+            opt_state=optimizer.init(params),
+            logits_opt_state=logits_optimizer.init(logits),
+        )
+
+    def update(params, state, batch, validation_batch):
+        rate = base.at_step(inner_learning_rate, state.step)
+        weights, softmax_pullback = jax.vjp(jax.nn.softmax, state.logits)
+        losses, pullback, pushforward = jacobian.linearize(task_losses, params, batch)
+        inner_step = jax.tree.map(lambda g: -rate * g, pullback(weights))
+        inner_params = optax.apply_updates(params, inner_step)
+        _, validation_pullback, _ = jacobian.linearize(task_losses, inner_params, validation_batch)
+
+        def hypergradient(task):
+            products = pushforward(validation_pullback(task)).astype(weights.dtype)
+            return softmax_pullback(-rate * products)[0]
+
+        hypergradients = jax.lax.map(hypergradient, jnp.eye(*2 * weights.shape, dtype=losses.dtype))
+        gram = jnp.matmul(hypergradients, hypergradients.T, precision="highest")
+        multipliers = solvers.min_norm_weights(gram)
+        direction = multipliers @ hypergradients
+        # Adam would blow the rounding error of a vanishing direction up to full steps.
+        noise = 10 * jnp.finfo(gram.dtype).eps * jnp.max(jnp.diagonal(gram))
+        direction = jnp.where(direction @ direction > noise, direction, 0.0)
+
+        logits_updates, logits_opt_state = logits_optimizer.update(
+            direction, state.logits_opt_state, state.logits
+        )
+        logits = optax.apply_updates(state.logits, logits_updates)
+        weights = jax.nn.softmax(logits)
+        updates, opt_state = optimizer.update(pullback(weights), state.opt_state, params)
+        new_state = MOMLState(
+            step=optax.safe_increment(state.step),
+            logits=logits,
+            weights=weights,
+            multipliers=multipliers,
+            opt_state=opt_state,
+            logits_opt_state=logits_opt_state,
+        )
+        return optax.apply_updates(params, updates), new_state, losses
+
+    return base.TrainingStep(init, update)
