@@ -17,6 +17,10 @@ from bilb.bilevel.marigold import MarigoldState as MarigoldState
 from bilb.bilevel.marigold import adagrad_norm as adagrad_norm
 from bilb.bilevel.marigold import marigold as marigold
 from bilb.bilevel.routers import Router as Router
+from bilb.improvable_gap.igb_v1 import IGBv1State as IGBv1State
+from bilb.improvable_gap.igb_v1 import igb_v1 as igb_v1
+from bilb.improvable_gap.igb_v2 import IGBv2State as IGBv2State
+from bilb.improvable_gap.igb_v2 import igb_v2 as igb_v2
 from bilb.jacobian import linearize as linearize
 from bilb.loss_balancing.auto_lambda import AutoLambdaState as AutoLambdaState
 from bilb.loss_balancing.auto_lambda import auto_lambda as auto_lambda

@@ -6,7 +6,7 @@ per task (STL), whose losses are plain (``STL``) or logarithms (``STL-log``): me
 the logarithms of the losses owe part of their success to the logarithm alone, and the second
 reference shows how much.
 
-To add a method, add a line to :data:`METHODS`.
+To add a method, add a line to ``METHODS`` in balancers.py.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import optax
 import report
 import tqdm
 import tyro
+from balancers import METHODS, REFERENCES, Settings
 
 import bilb
 
@@ -97,48 +98,6 @@ class MultiTaskNetwork(nn.Module):
         return tuple(nn.Dense(w, name=f"head_{k}")(features) for k, w in enumerate(self.heads))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a method may want to know about the training run.
-
-    The first four are traced, so that changing them compiles nothing anew.
-    """
-
-    learning_rate: float | Array
-    penalty: float | Array
-    seed: int | Array  # the key of methods that draw random numbers
-    selection: Array  # (K,), one-hot: the task of a single-task network
-    steps: int = dataclasses.field(metadata={"static": True})
-    steps_per_epoch: int = dataclasses.field(metadata={"static": True})
-
-    def optimizer(self) -> optax.GradientTransformation:
-        """Adam whose learning rate decays to 1 % of its initial value along a cosine.
-
-        Trains the network and, as in the official code of the papers, what a method learns.
-        """
-        return optax.adam(optax.cosine_decay_schedule(self.learning_rate, self.steps, alpha=0.01))
-
-
-Factory = Callable[[Settings], optax.GradientTransformation]
-
-METHODS: dict[str, Factory] = {
-    "ls": lambda s: bilb.linear_scalarization(),
-    "si": lambda s: bilb.log_losses(),
-    "bilb4mtl": lambda s: bilb.presets.bilb4mtl_qm9(
-        s.penalty, every=s.steps_per_epoch, optimizer=s.optimizer(), key=s.seed
-    ),
-    "bilb4mtl_celeba": lambda s: bilb.presets.bilb4mtl_celeba(s.penalty, optimizer=s.optimizer()),
-    "marigold": lambda s: bilb.marigold(transform=jnp.log),
-    "famo": lambda s: bilb.famo(),
-}
-
-REFERENCES: dict[str, Factory] = {
-    "STL": lambda s: bilb.linear_scalarization(s.selection),
-    "STL-log": lambda s: optax.chain(bilb.log_losses(), bilb.linear_scalarization(s.selection)),
-}
-
-
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What training one method with all seeds gave."""
@@ -168,14 +127,9 @@ def train(
     """
     start = time.perf_counter()
     steps = problem.steps if steps is None else steps
-    num_tasks, network = len(problem.tasks), problem.network
-    settings = Settings(
-        learning_rate=jnp.float32(problem.learning_rate),
-        penalty=jnp.float32(penalty),
-        seed=jnp.arange(seeds),
-        selection=jnp.eye(num_tasks) if method in REFERENCES else jnp.ones((1, num_tasks)),
-        steps=steps,
-        steps_per_epoch=max(1, problem.train_size // problem.batch_size),
+    network = problem.network
+    settings = make_settings(
+        problem, method, seeds, steps, learning_rate=problem.learning_rate, penalty=penalty
     )
     static = dict(method=method, network=network, tasks=problem.tasks)
     pool = jax.tree.map(jnp.asarray, problem.pool)
@@ -197,16 +151,30 @@ def train(
     losses, weights = jax.tree.map(lambda *parts: np.concatenate(parts, axis=2), *history)
     return Run(
         method=method,
-        errors=_of_own_task(np.asarray(errors)),
+        errors=of_own_task(np.asarray(errors)),
         steps=np.arange(window, steps + 1, window),
-        losses=_of_own_task(losses),
+        losses=of_own_task(losses),
         # What a reference's one-hot weights would show is known beforehand.
-        weights=None if weights is None or method in REFERENCES else _of_own_task(weights),
+        weights=None if weights is None or method in REFERENCES else of_own_task(weights),
         seconds=time.perf_counter() - start,
     )
 
 
-def _of_own_task(values: np.ndarray) -> np.ndarray:
+def make_settings(
+    problem: Problem, method: str, seeds: int, steps: int, **hyperparameters: float | Array
+) -> Settings:
+    """Returns the settings of a method's run with the seeds 0, 1, ..., seeds - 1."""
+    num_tasks = len(problem.tasks)
+    return Settings(
+        seed=jnp.arange(seeds),
+        selection=jnp.eye(num_tasks) if method in REFERENCES else jnp.ones((1, num_tasks)),
+        steps=steps,
+        steps_per_epoch=max(1, problem.train_size // problem.batch_size),
+        **{name: jnp.asarray(value, jnp.float32) for name, value in hyperparameters.items()},
+    )
+
+
+def of_own_task(values: np.ndarray) -> np.ndarray:
     """Drops the axis of networks, second of (seeds, R, ..., K).
 
     Network k of a reference (R = K) speaks for task k alone; otherwise there is one network.
@@ -259,7 +227,11 @@ def ingredients(
         return jnp.stack([t.loss(o, y) for t, o, y in zip(tasks, outputs, batch.targets)])
 
     balancer = (METHODS | REFERENCES)[method](settings)
-    return bilb.value_and_grad(task_losses, balancer), settings.optimizer()
+    # Slopes and gradient norms concern what the tasks share.
+    shared = {f"trunk_{layer}": True for layer in range(len(network.hidden))}
+    shared |= {f"head_{k}": False for k in range(len(network.heads))}
+    value_and_grad = bilb.value_and_grad(task_losses, balancer, shared={"params": shared})
+    return value_and_grad, settings.optimizer()
 
 
 def over_networks(function: Callable[..., Any], settings: Settings, networks: int | None) -> Any:
@@ -268,9 +240,7 @@ def over_networks(function: Callable[..., Any], settings: Settings, networks: in
     R is K for a single-task reference, one network per selected task, else 1. Networks of a seed
     share the batches ``rows``; ``networks`` is the axis of ``x`` for them, None if they share it.
     """
-    shared = dataclasses.replace(
-        settings, learning_rate=None, penalty=None, seed=None, selection=None
-    )
+    shared = jax.tree.map(lambda _: None, settings)
     axes = (dataclasses.replace(shared, selection=0), networks, None)
     return jax.vmap(
         jax.vmap(function, in_axes=axes), in_axes=(dataclasses.replace(shared, seed=0), 0, 0)

@@ -97,7 +97,7 @@ def three_digits(value: float) -> str:
 
 def spread(values: np.ndarray) -> str:
     """Formats as mean ± standard deviation over the seeds; the mean alone for one seed."""
-    mean = f"{values.mean():+.1f}"
+    mean = f"{values.mean():+z.1f}"
     return mean if len(values) < 2 else f"{mean} ± {values.std(ddof=1):.1f}"
 
 

@@ -1,0 +1,1 @@
+"""Improvable gap balancing (IGB): weights from how far each loss is below its base loss."""

@@ -1,0 +1,83 @@
+"""The methods that the examples know by name.
+
+To add one, add a line to :data:`METHODS`: a function of the run's :class:`Settings` that returns a
+loss transformation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bilb
+
+Array = jax.Array | np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a method may want to know about the training run.
+
+    All but the numbers of steps are traced, so that changing them compiles nothing anew.
+    """
+
+    learning_rate: float | Array
+    penalty: float | Array
+    seed: int | Array  # the key of methods that draw random numbers
+    selection: Array  # (K,), one-hot: the task of a single-task network
+    steps: int = dataclasses.field(metadata={"static": True})
+    steps_per_epoch: int = dataclasses.field(metadata={"static": True})
+    temperature: float | Array = 2.0  # of dwa
+    gamma: float | Array = 1e-3  # the decay of famo's logits
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """Adam whose learning rate decays to 1 % of its initial value along a cosine.
+
+        Trains the network and, as in the official code of the papers, what a method learns.
+        """
+        return optax.adam(optax.cosine_decay_schedule(self.learning_rate, self.steps, alpha=0.01))
+
+
+Factory = Callable[[Settings], optax.GradientTransformation]
+
+METHODS: dict[str, Factory] = {
+    "ls": lambda s: bilb.linear_scalarization(),
+    "si": lambda s: bilb.log_losses(),
+    "bilb4mtl": lambda s: bilb.presets.bilb4mtl_qm9(
+        s.penalty, every=s.steps_per_epoch, optimizer=s.optimizer(), key=s.seed
+    ),
+    "bilb4mtl_celeba": lambda s: bilb.presets.bilb4mtl_celeba(s.penalty, optimizer=s.optimizer()),
+    "marigold": lambda s: bilb.marigold(transform=jnp.log),
+    "igb_v1": lambda s: bilb.igb_v1(s.steps_per_epoch, s.steps_per_epoch),
+    "igb_v2": lambda s: bilb.igb_v2(
+        s.steps_per_epoch,
+        s.steps_per_epoch,
+        warmup_steps=5 * s.steps_per_epoch,
+        update_after=3 * s.steps_per_epoch,
+        key=s.seed,
+    ),
+    "famo": lambda s: bilb.famo(gamma=s.gamma),
+    "rlw": lambda s: bilb.rlw(key=s.seed),
+    "dwa": lambda s: bilb.dwa(s.temperature, window=s.steps_per_epoch),
+    "uw": lambda s: bilb.uncertainty_weighting(),
+    "gls": lambda s: bilb.geometric_mean(),
+    "imtl_l": lambda s: bilb.imtl_l(),
+    "stch": lambda s: bilb.stch(),
+    "stch_nadir": lambda s: bilb.stch_nadir(
+        warmup_steps=4 * s.steps_per_epoch, nadir_steps=s.steps_per_epoch
+    ),
+    "pbi": lambda s: bilb.pbi(),
+    "cosmos": lambda s: bilb.cosmos(penalty=1.0),
+    "gradnorm": lambda s: bilb.gradnorm(base_steps=s.steps_per_epoch),
+}
+
+REFERENCES: dict[str, Factory] = {
+    "STL": lambda s: bilb.linear_scalarization(s.selection),
+    "STL-log": lambda s: optax.chain(bilb.log_losses(), bilb.linear_scalarization(s.selection)),
+}
