@@ -1,13 +1,16 @@
-"""What MARIGOLD and FAMO cost beyond the plain sum of losses, in compiled training steps."""
+"""What the methods of the first two rungs cost beyond the plain sum of losses."""
 
+import functools
 import math
 
+import cost
 import flax.linen as nn
 import jax
 import jax.extend
 import jax.numpy as jnp
 import optax
 import pytest
+from methods import METHODS
 
 import bilb
 
@@ -53,7 +56,7 @@ NETWORKS = {
     "conv": (ConvNet, (32, 16, 16, 3)),
     "scan": (ScannedMLP, (256, 128)),
 }
-METHODS = {
+WITH_SLOPES = {
     "finite_difference": (bilb.marigold, {"slopes": bilb.slopes.finite_difference()}, 1.40),
     "exact": (bilb.marigold, {}, 1.70),
     "famo": (bilb.famo, {}, 1.40),
@@ -105,15 +108,29 @@ def flops(network, shape, balancer, **options):
 @pytest.mark.parametrize("network", NETWORKS)
 def test_slopes_cost_a_forward_pass_whatever_the_number_of_tasks(network):
     make, shape = NETWORKS[network]
-    ratios = {name: [] for name in METHODS}
+    ratios = {name: [] for name in WITH_SLOPES}
     for num_tasks in (2, 40):
         plain = flops(make(num_tasks), shape, bilb.linear_scalarization())
-        for name, (method, options, most) in METHODS.items():
+        for name, (method, options, most) in WITH_SLOPES.items():
             ratio = flops(make(num_tasks), shape, method(), **options) / plain
             assert 1.2 < ratio <= most, (name, num_tasks)
             ratios[name].append(ratio)
     for name, (few, many) in ratios.items():
         assert many == pytest.approx(few, rel=0.02), name
+
+
+LOSSES_ONLY = [m for m in METHODS if not m.extra(jnp.ones(2)) and m.name != "igb_v2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", LOSSES_ONLY, ids=str)
+def test_methods_that_read_losses_cost_what_the_plain_sum_costs(method):
+    trunk, num_tasks = cost.Trunk(widths=(512, 512, 512), batch=256, inputs=512), 40
+    plain = cost.plain_cost(trunk, num_tasks)
+    make_step = functools.partial(cost.balanced_step, balancer=method.make(num_tasks))
+    measured = cost.training_cost(trunk, num_tasks, make_step)
+    assert measured.flops == pytest.approx(plain.flops, rel=1e-3)
+    assert measured.matrix_products == plain.matrix_products
 
 
 def test_counting_a_loop_in_full():
