@@ -165,7 +165,7 @@ def check_losses(losses: Any) -> tuple[int, np.dtype]:
         )
     if not jnp.issubdtype(losses.dtype, jnp.floating):
         raise TypeError(f"losses must be floating point; got dtype {losses.dtype}.")
-    return losses.shape[0], losses.dtype
+    return losses.shape[0], jax.dtypes.canonicalize_dtype(losses.dtype)
 
 
 def check_number(

@@ -83,7 +83,7 @@ def value_and_grad(
     return ValueAndGrad(task_losses, balancer, has_aux, features, slopes, shared)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ValueAndGrad:
     """What :func:`value_and_grad` returns."""
 
@@ -110,7 +110,11 @@ class ValueAndGrad:
             weigh = lambda losses, features: self._objective(losses, features, balancer, given)
             return jax.eval_shape(weigh, losses, features)
 
-        _, given = _supplied(trace, extra, stand_in)
+        try:
+            _, given = _supplied(trace, extra, stand_in)
+        except NameError:
+            # Outside its mapped axis `pmean_losses` cannot be traced; it goes with no slopes.
+            given = {}
         return ValueAndGradState(balancer, given.get("slopes"), given.get("losses_after"))
 
     def __call__(

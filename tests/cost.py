@@ -1,0 +1,143 @@
+"""What a compiled program costs: flops, memory, matrix products, collectives.
+
+All of it is read off the program; nothing runs. A loop counts as one pass of its body.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import bilb
+
+_MATRIX_PRODUCT = re.compile(
+    r"= \S+ (?:dot|convolution)\(|custom_call_target=\"[^\"]*(?:matmul|dot|conv)", re.I
+)
+_ALL_REDUCE = re.compile(r"= (.+?) all-reduce(?:-start)?\(")
+_ARRAY = re.compile(r"(?:pred|[a-z]+(\d+))\[([\d,]*)\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """The cost of a compiled program, of one device's part where it is sharded.
+
+    Attributes:
+        flops: as XLA counts them.
+        temporary_bytes: memory beyond arguments and results.
+        matrix_products: dots, convolutions, and calls of a library that does them.
+        all_reduces: the bytes of every all-reduce, one entry an operation.
+    """
+
+    flops: float
+    temporary_bytes: int
+    matrix_products: int
+    all_reduces: tuple[int, ...]
+
+
+def measure(function, *args):
+    """Compiles a function for arrays or shapes and returns its cost."""
+    jitted = function if hasattr(function, "lower") else jax.jit(function)
+    compiled = jitted.lower(*args).compile()
+    text = compiled.as_text()
+    return Cost(
+        flops=compiled.cost_analysis()["flops"],
+        temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
+        matrix_products=len(_MATRIX_PRODUCT.findall(text)),
+        all_reduces=tuple(_bytes(result) for result in _ALL_REDUCE.findall(text)),
+    )
+
+
+def _bytes(result_type):
+    sizes = [
+        math.prod(map(int, filter(None, shape.split(",")))) * int(bits or 8) // 8
+        for bits, shape in _ARRAY.findall(result_type)
+    ]
+    return sum(sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trunk:
+    """A multi-task network: a shared trunk, a linear head of one output per task."""
+
+    widths: tuple[int, ...]
+    batch: int
+    inputs: int
+
+    def params(self, num_tasks):
+        sizes = [self.inputs, *self.widths, num_tasks]
+        return {
+            f"layer_{i}": {"kernel": jnp.full((n, m), 0.01), "bias": jnp.zeros(m)}
+            for i, (n, m) in enumerate(itertools.pairwise(sizes))
+        }
+
+    def examples(self, num_tasks):
+        return jnp.ones((self.batch, self.inputs)), jnp.ones((self.batch, num_tasks))
+
+    def task_losses(self, params, inputs, targets):
+        """Returns the losses (K,), and the features that the heads read."""
+        *trunk, head = params.values()
+        for layer in trunk:
+            inputs = jax.nn.relu(inputs @ layer["kernel"] + layer["bias"])
+        outputs = inputs @ head["kernel"] + head["bias"]
+        return jnp.mean((outputs - targets) ** 2, 0), inputs
+
+
+def plain_step(trunk, optimizer, wrap=lambda losses: losses):
+    """Returns a training step on the plain sum of the losses, which it returns as a vector."""
+
+    def step(params, opt_state, _, inputs, targets):
+        def objective(params):
+            losses = wrap(trunk.task_losses(params, inputs, targets)[0])
+            return losses.sum(), losses
+
+        gradient, losses = jax.grad(objective, has_aux=True)(params)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, (), losses
+
+    return step, lambda params, *batch: ()
+
+
+def balanced_step(trunk, optimizer, balancer, features=None, wrap=lambda losses: losses):
+    """Returns a training step through ``bilb.value_and_grad``."""
+
+    def task_losses(params, inputs, targets):
+        losses, trunk_features = trunk.task_losses(params, inputs, targets)
+        return wrap(losses), trunk_features
+
+    value_and_grad = bilb.value_and_grad(task_losses, balancer, has_aux=True, features=features)
+
+    def step(params, opt_state, state, inputs, targets):
+        (losses, _), gradient, state = value_and_grad(params, state, inputs, targets)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, state, losses
+
+    return step, value_and_grad.init
+
+
+def arguments(trunk, num_tasks, optimizer, init):
+    """Returns the shapes of a training step's arguments."""
+
+    def make():
+        params, batch = trunk.params(num_tasks), trunk.examples(num_tasks)
+        return params, optimizer.init(params), init(params, *batch), *batch
+
+    return jax.eval_shape(make)
+
+
+def training_cost(trunk, num_tasks, make_step, optimizer=optax.adamw(1e-3)):
+    """Returns the cost of the training step ``make_step(trunk, optimizer) -> step, init``."""
+    step, init = make_step(trunk, optimizer)
+    # Donated, as in training; otherwise temporaries hide in the results' memory.
+    step = jax.jit(step, donate_argnums=(0, 1, 2))
+    return measure(step, *arguments(trunk, num_tasks, optimizer, init))
+
+
+@functools.cache
+def plain_cost(trunk, num_tasks):
+    """Returns the cost of a step on the plain sum, which tests of all methods compare with."""
+    return training_cost(trunk, num_tasks, plain_step)

@@ -1,0 +1,499 @@
+"""The loss transformations of the library, one entry each, and what differs between them.
+
+The contract tests run every entry of ``METHODS``; a new method is a new line there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+import bilb
+
+NUM_FEATURES = 4
+
+# Most of what tests over all methods do is to compile; their programs are too small to optimise.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Method:
+    """A loss transformation under the contract.
+
+    Attributes:
+        name: the test id.
+        factory: returns the transformation; takes ``numeric`` and ``arguments`` as keywords.
+        numeric: hyperparameters to inject, to trace and to vmap over.
+        arguments: the other keywords, or a function of the number of tasks that returns them. One
+            named ``key`` is a seed and is vmapped over as well.
+        static_args: the documented static arguments of ``optax.inject_hyperparams``.
+        extra: ``losses -> extra arguments`` that ``update`` cannot work without.
+        values: ``(losses, new_state) -> (K,)``, what the links in front make of the losses.
+        phi: ``(values, weights) -> scalar``, the documented objective with the state's weights
+            (None where it has none) held constant; None where it has no such form. Absent tasks
+            are left out of both arguments.
+        warmup: the number of updates before ``phi`` holds.
+        equivariant: permuting losses and per-task state permutes what comes out.
+        learns: per-task fields of the state that move over generic losses.
+        shared: fields of the state that tasks share although they have an axis of length K.
+    """
+
+    name: str
+    factory: Callable[..., optax.GradientTransformation]
+    numeric: dict[str, Any] = dataclasses.field(default_factory=dict)
+    arguments: dict[str, Any] | Callable[[int], dict[str, Any]] = dataclasses.field(
+        default_factory=dict
+    )
+    static_args: tuple[str, ...] = ()
+    extra: Callable[[jax.Array], dict[str, Any]] = lambda losses: {}
+    values: Callable[[jax.Array, Any], jax.Array] = lambda losses, state: losses
+    phi: Callable[[jax.Array, Any], jax.Array] | None = lambda values, weights: values.sum()
+    warmup: int = 0
+    equivariant: bool = True
+    learns: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+
+    def __str__(self):
+        return self.name
+
+    def fixed(self, num_tasks):
+        """Returns the keywords that are not numeric hyperparameters."""
+        return self.arguments(num_tasks) if callable(self.arguments) else self.arguments
+
+    def make(self, num_tasks, **changes):
+        """Returns the transformation for K tasks."""
+        keywords = {**self.numeric, **self.fixed(num_tasks), **changes}
+        return optax.with_extra_args_support(self.factory(**keywords))
+
+    def update(self, transformation, losses, state, **more):
+        """Calls update with the extra arguments that the method needs."""
+        return transformation.update(losses, state, **{**self.extra(losses), **more})
+
+    def step(self, transformation):
+        """Returns update with the extra arguments that the method needs filled in."""
+        return lambda losses, state: self.update(transformation, losses, state)
+
+    def objective(self, losses, state, present=slice(None)):
+        """Returns the documented objective, written independently of the library."""
+        weights = optax.tree.get(state, "weights")
+        values = self.values(losses, state)[present]
+        return self.phi(values, None if weights is None else weights[present])
+
+    def take(self, state, tasks, num_tasks):
+        """Returns the state of the tasks with these indices, in their order."""
+        pick = lambda axis, leaf: leaf if axis < 0 else jnp.take(leaf, tasks, axis)
+        return jax.tree.map(pick, task_axes(self, num_tasks), state)
+
+
+@functools.cache
+def task_axes(method, num_tasks):
+    """Returns for every leaf of the state the axis that grows with K, or -1."""
+    shapes = lambda k: jax.eval_shape(lambda: method.make(k).init(jnp.ones(k)))
+
+    def axis(path, leaf, wider):
+        differs = [a for a, (n, m) in enumerate(zip(leaf.shape, wider.shape)) if n != m]
+        shared = any(f".{field}" in jax.tree_util.keystr(path) for field in method.shared)
+        return -1 if shared or not differs else differs[0]
+
+    return jax.tree_util.tree_map_with_path(axis, shapes(num_tasks), shapes(num_tasks + 1))
+
+
+@functools.cache
+def compiled(method, num_tasks):
+    """Returns the transformation and its jitted ``(losses, state)`` update, shared by tests."""
+    transformation = method.make(num_tasks)
+    return transformation, jit(method.step(transformation))
+
+
+def numbers(tree):
+    """Returns the tree with the data of its JAX keys in their place."""
+    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, tree)
+
+
+def assert_finite(tree):
+    """Checks that all numbers of a tree are finite; JAX keys have none."""
+    chex.assert_tree_all_finite(numbers(tree))
+
+
+def assert_close(actual, desired, rtol=1e-5, atol=1e-6):
+    """Checks that two trees agree, JAX keys included."""
+    chex.assert_trees_all_close(numbers(actual), numbers(desired), rtol=rtol, atol=atol)
+
+
+def assert_equal(actual, desired):
+    """Checks that two trees are the same, structures and JAX keys included."""
+    chex.assert_trees_all_equal_structs(actual, desired)
+    chex.assert_trees_all_equal(numbers(actual), numbers(desired))
+
+
+def example_losses(*shape, seed=0):
+    """Returns positive losses without ties whose sizes differ by task."""
+    scale = 2.0 ** (jnp.arange(shape[-1]) % 7 - 3)
+    return scale * jnp.exp(jax.random.normal(jax.random.key(seed), shape))
+
+
+def features(losses):
+    """Returns the features of a batch of three, the same at every call."""
+    rows = jnp.sin(jnp.arange(3 * NUM_FEATURES)).reshape(3, NUM_FEATURES)
+    return {"features": rows.astype(losses.dtype)}
+
+
+def weighted_sum(values, weights):
+    return (weights * values).sum()
+
+
+def famo_objective(values, weights):
+    c = jax.lax.stop_gradient((weights / values).sum())
+    return weighted_sum(jnp.log(values), weights) / c
+
+
+def over_initial_loss(losses, state):
+    return losses / jnp.abs(optax.tree.get(state, "initial_losses"))
+
+
+def over_initial_ratio(losses, state):
+    initial = optax.tree.get(state, "initial_losses")
+    return losses / (initial / initial.min())
+
+
+def log_over_initial_loss(losses, state):
+    return jnp.log(losses / optax.tree.get(state, "initial_losses"))
+
+
+def gap(x):
+    # The absolute value with derivative 0 at 0.
+    return x * jnp.sign(x)
+
+
+# Each discrepancy of the library beside its definition.
+DISCREPANCIES = {
+    "adjacent": (bilb.discrepancies.adjacent, lambda u: gap(u[1:] - u[:-1]).sum()),
+    "adjacent_mean": (
+        functools.partial(bilb.discrepancies.adjacent, mean=True),
+        lambda u: gap(u[1:] - u[:-1]).mean(),
+    ),
+    "pairwise": (bilb.discrepancies.pairwise, lambda u: gap(u[:, None] - u).sum() / 2),
+    "spread": (bilb.discrepancies.spread, lambda u: u.max() - u.min()),
+    "variance": (bilb.discrepancies.variance, lambda u: jnp.mean(u**2) - jnp.mean(u) ** 2),
+}
+
+
+def bilevel_objective(discrepancy="adjacent", weighted=True, divisor=None, penalty=0.05):
+    """Returns BiLB4MTL's objective ``(values, weights) -> scalar``."""
+    distance = DISCREPANCIES[discrepancy][1]
+
+    def phi(values, weights):
+        u = weights * values
+        s = 1.0 if divisor is None else weights.sum()
+        return u.sum() / s + penalty * distance(u if weighted else values)
+
+    return phi
+
+
+def bilevel(name, factory=bilb.bilb4mtl, numeric=None, arguments=None, **fields):
+    """Returns the entry of a method that ends in BiLB4MTL with the default objective."""
+    return Method(
+        name,
+        factory,
+        numeric or {"penalty": 0.05},
+        arguments or {},
+        **{
+            "phi": bilevel_objective(),
+            "equivariant": False,
+            "learns": ("router", "weights", "opt_state"),
+            **fields,
+        },
+    )
+
+
+def bilb4mtl(name, router, discrepancy, weighted=True, divisor=None, **fields):
+    """Returns an entry of ``bilb.bilb4mtl`` itself; ``router`` may be a function of K."""
+
+    def arguments(num_tasks):
+        return {
+            "router": router if isinstance(router, bilb.Router) else router(num_tasks),
+            "discrepancy": DISCREPANCIES[discrepancy][0],
+            "weighted": weighted,
+            "divisor": divisor,
+        }
+
+    phi = bilevel_objective(discrepancy, weighted, divisor)
+    fields = {"static_args": ("discrepancy",), "phi": phi, **fields}
+    return bilevel(name, arguments=arguments, **fields)
+
+
+class Network(nn.Module):
+    """A router as users write it."""
+
+    num_tasks: int
+
+    @nn.compact
+    def __call__(self, features):
+        hidden = nn.tanh(nn.Dense(3)(features.mean(0)))
+        return nn.softmax(nn.Dense(self.num_tasks)(hidden))
+
+
+sigmoid, softmax = bilb.routers.sigmoid(), bilb.routers.softmax()
+# These bounds leave room for 2 to 1000 tasks.
+CLIP = (5e-4, 0.99)
+network = lambda k: bilb.routers.from_module(Network(k), jnp.zeros((1, NUM_FEATURES)))
+seeded = lambda key, penalty: bilb.bilb4mtl(
+    penalty,
+    bilb.routers.relu_sigmoid(key=key),
+    bilb.discrepancies.variance,
+    divisor="stop_gradient_sum",
+)
+preset_of_features = {
+    "arguments": {"num_features": NUM_FEATURES, "clip": CLIP},
+    "static_args": ("num_features",),
+    "extra": features,
+}
+guarded = lambda penalty: bilb.skip_nonfinite(
+    optax.chain(bilb.log_losses(), bilb.scale_by_initial_loss(), bilb.bilb4mtl(penalty))
+)
+initial_and_router = ("initial_losses", "router", "weights", "opt_state")
+norms = lambda losses: {"gradient_norms": jnp.linspace(1.0, 2.0, losses.size)}
+
+METHODS = [
+    Method("linear_scalarization", bilb.linear_scalarization, {"weights": 0.5}, phi=weighted_sum),
+    Method("scale_by", bilb.scale_by, {"scales": 2.5}, values=lambda losses, _: losses / 2.5),
+    Method(
+        "scale_by_initial_loss",
+        bilb.scale_by_initial_loss,
+        values=over_initial_loss,
+        learns=("initial_losses",),
+    ),
+    Method(
+        "scale_by_initial_ratio",
+        bilb.scale_by_initial_ratio,
+        values=over_initial_ratio,
+        learns=("initial_losses",),
+    ),
+    Method(
+        "log_losses", bilb.log_losses, {"floor": 1e-8}, values=lambda losses, _: jnp.log(losses)
+    ),
+    Method(
+        "log_scale_by_initial_loss",
+        bilb.log_scale_by_initial_loss,
+        {"every": 3, "floor": 1e-8},
+        values=log_over_initial_loss,
+        learns=("taken", "initial_losses"),
+    ),
+    bilb4mtl("bilb4mtl", sigmoid, "adjacent"),
+    bilb4mtl("bilb4mtl-softmax", softmax, "pairwise", divisor="sum", equivariant=True),
+    bilb4mtl(
+        "bilb4mtl-from_module",
+        network,
+        "adjacent_mean",
+        extra=features,
+        shared=("router", "opt_state"),
+    ),
+    bilevel(
+        "bilb4mtl-relu_sigmoid",
+        seeded,
+        arguments={"key": 7},
+        phi=bilevel_objective("variance", divisor="sum"),
+        equivariant=True,
+    ),
+    bilevel(
+        "bilb4mtl-guarded",
+        guarded,
+        values=lambda losses, state: over_initial_loss(jnp.log(losses), state),
+        learns=initial_and_router,
+    ),
+    bilevel(
+        "bilb4mtl_cityscapes",
+        bilb.presets.bilb4mtl_cityscapes,
+        phi=bilevel_objective(weighted=False),
+        **preset_of_features,
+    ),
+    bilevel(
+        "bilb4mtl_nyuv2",
+        bilb.presets.bilb4mtl_nyuv2,
+        values=over_initial_ratio,
+        phi=bilevel_objective(divisor="sum"),
+        learns=initial_and_router,
+        **preset_of_features,
+    ),
+    bilevel(
+        "bilb4mtl_celeba",
+        bilb.presets.bilb4mtl_celeba,
+        phi=bilevel_objective(divisor="sum"),
+    ),
+    bilevel(
+        "bilb4mtl_qm9",
+        bilb.presets.bilb4mtl_qm9,
+        {"penalty": 0.05, "every": 3},
+        values=log_over_initial_loss,
+        phi=bilevel_objective(divisor="sum"),
+        learns=initial_and_router,
+    ),
+    Method(
+        "marigold",
+        bilb.marigold,
+        {"regularization": 0.1, "max_logit": 6.0},
+        static_args=("transform", "inner_steps"),
+        extra=lambda losses: {"slopes": losses / 2},
+        phi=weighted_sum,
+        learns=("point", "weights", "losses", "opt_state"),
+    ),
+    Method(
+        "famo",
+        bilb.famo,
+        {"gamma": 1e-3, "min_losses": 0.0},
+        extra=lambda losses: {"losses_after": losses / 2},
+        values=lambda losses, _: losses + 1e-8,
+        phi=famo_objective,
+        learns=("logits", "weights", "losses", "opt_state"),
+    ),
+    Method(
+        "rlw",
+        bilb.rlw,
+        arguments={"key": 7},
+        phi=weighted_sum,
+        equivariant=False,
+        learns=("weights",),
+    ),
+    Method(
+        "rlw-tasks",
+        bilb.rlw,
+        arguments={"key": 7, "sum_to": "tasks"},
+        phi=weighted_sum,
+        equivariant=False,
+        learns=("weights",),
+    ),
+    Method(
+        "dwa",
+        bilb.dwa,
+        {"temperature": 2.0, "window": 1},
+        static_args=("sliding",),
+        phi=weighted_sum,
+        learns=("weights", "window_index", "count", "running_mean", "last_mean", "earlier_mean"),
+    ),
+    Method(
+        "dwa-sliding",
+        bilb.dwa,
+        {"temperature": 2.0},
+        {"window": 2, "sliding": True, "reduction": "mean"},
+        static_args=("window", "sliding"),
+        phi=weighted_sum,
+        learns=("weights", "recent_losses"),
+    ),
+    Method(
+        "uncertainty_weighting",
+        bilb.uncertainty_weighting,
+        {"initial": 0.5},
+        phi=lambda values, weights: (weights * values - jnp.log(2 * weights) / 2).sum(),
+        learns=("log_variances", "weights", "opt_state"),
+    ),
+    Method(
+        "imtl_l",
+        bilb.imtl_l,
+        {"initial": 0.5},
+        phi=lambda values, weights: (weights * values - jnp.log(weights)).sum(),
+        learns=("log_scales", "weights", "opt_state"),
+    ),
+    Method(
+        "geometric_mean",
+        bilb.geometric_mean,
+        {"floor": 1e-8},
+        phi=lambda values, _: jnp.exp(jnp.log(values).mean()),
+        learns=("weights",),
+    ),
+    Method(
+        "stch",
+        bilb.stch,
+        {"mu": 0.5},
+        phi=lambda values, _: 0.5 * jax.nn.logsumexp(values / values.size / 0.5),
+        learns=("weights",),
+    ),
+    Method(
+        "stch_nadir",
+        bilb.stch_nadir,
+        {"mu": 0.5, "warmup_steps": 0, "nadir_steps": 1},
+        warmup=1,
+        values=lambda losses, state: jnp.log(losses / state.nadir),
+        phi=lambda values, _: 0.5 * values.size * jax.nn.logsumexp(values / 0.5),
+        learns=("weights", "nadir", "count"),
+    ),
+    Method(
+        "pbi",
+        bilb.pbi,
+        {"penalty": 2.0},
+        phi=lambda values, _: (
+            values.sum() / values.size**0.5
+            + 2.0 * jnp.sqrt(jnp.sum((values - values.mean()) ** 2) + 1e-12)
+        ),
+        learns=("weights",),
+    ),
+    Method(
+        "cosmos",
+        bilb.cosmos,
+        {"penalty": 2.0},
+        phi=lambda values, _: (
+            values.mean() - 2.0 * values.sum() / (values.size**0.5 * jnp.linalg.norm(values))
+        ),
+        learns=("weights",),
+    ),
+    Method(
+        "gradnorm",
+        bilb.gradnorm,
+        {"alpha": 1.5, "base_steps": 1},
+        extra=norms,
+        phi=weighted_sum,
+        equivariant=False,
+        learns=("weights", "scales", "initial_losses", "count", "opt_state"),
+    ),
+    Method(
+        "gradnorm-sum",
+        bilb.gradnorm,
+        {"alpha": 1.5, "base_steps": 1},
+        {"scheme": "sum"},
+        extra=norms,
+        phi=weighted_sum,
+        equivariant=False,
+        learns=("weights", "scales", "initial_losses", "count", "opt_state"),
+    ),
+    Method(
+        "igb_v1",
+        bilb.igb_v1,
+        {"base_start": 0, "base_steps": 1, "floor": 1e-8},
+        values=lambda losses, _: jnp.log(losses),
+        phi=weighted_sum,
+        learns=("base_losses", "weights"),
+    ),
+    Method(
+        "igb_v2",
+        bilb.igb_v2,
+        {
+            "base_start": 0,
+            "base_steps": 1,
+            "warmup_steps": 2,
+            "update_after": 1,
+            "update_every": 2,
+            "num_updates": 4,
+            "reward_scale": 1.0,
+            "discount": 0.3,
+            "polyak": 0.3,
+            "initial_temperature": 0.2,
+            "clip": 1e6,
+            "floor": 1e-8,
+        },
+        {"buffer_size": 8, "batch_size": 4, "hidden": (4,), "key": 7},
+        static_args=("buffer_size", "batch_size", "key"),
+        values=lambda losses, _: jnp.log(losses),
+        phi=weighted_sum,
+        equivariant=False,
+        learns=("base_losses", "last_losses", "weights"),
+        shared=("agent", "buffer"),
+    ),
+]

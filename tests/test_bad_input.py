@@ -1,0 +1,253 @@
+"""Bad input raises when a transformation is built, initialised or traced, and names the value."""
+
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from methods import METHODS, NUM_FEATURES, Network, example_losses, features
+
+import bilb
+
+K = 5
+THREE = jnp.ones(3)
+every_method = pytest.mark.parametrize("method", METHODS, ids=str)
+
+
+@every_method
+@pytest.mark.parametrize(
+    ("losses", "error", "message"),
+    [
+        (jnp.ones(()), ValueError, r"got shape \(\)"),
+        (jnp.ones((2, K)), ValueError, r"got shape \(2, 5\)"),
+        (jnp.ones(0), ValueError, r"got shape \(0,\)"),
+        (jnp.ones(K, jnp.int32), TypeError, "got dtype int32"),
+    ],
+    ids=["scalar", "matrix", "empty", "integer"],
+)
+def test_losses_that_are_no_vector_of_floats(method, losses, error, message):
+    transformation = method.make(K)
+    with pytest.raises(error, match=message):
+        transformation.init(losses)
+    state = transformation.init(jnp.ones(K))
+    with pytest.raises(error, match=message):
+        jax.eval_shape(method.step(transformation), losses, state)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m.learns], ids=str)
+def test_losses_of_another_number_than_the_state(method):
+    transformation = method.make(K)
+    state = jax.eval_shape(lambda: transformation.init(jnp.ones(K)))
+    other = jax.ShapeDtypeStruct((K - 1,), jnp.float32)
+    with pytest.raises(ValueError, match=r"K = 4 tasks.*(shape \(5,\)|shape \(\d+, 5\))"):
+        jax.eval_shape(method.step(transformation), other, state)
+
+
+@every_method
+def test_a_state_of_another_transformation(method):
+    transformation = method.make(K)
+    foreign = optax.ScaleByAdamState(*jnp.zeros((3, K)))
+    with pytest.raises(ValueError, match=r"state|ScaleByAdamState|tuple"):
+        jax.eval_shape(method.step(transformation), example_losses(K), foreign)
+
+
+@every_method
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (jnp.ones(K), r"got dtype float32 and shape \(5,\)"),
+        (jnp.ones(K, jnp.int32), r"got dtype int32 and shape \(5,\)"),
+        (jnp.ones(K - 1, bool), r"got dtype bool and shape \(4,\)"),
+        (jnp.ones((), bool), r"got dtype bool and shape \(\)"),
+    ],
+    ids=["float", "integer", "short", "scalar"],
+)
+def test_masks_that_are_no_vector_of_bools(method, mask, message):
+    transformation = method.make(K)
+    update = functools.partial(method.update, transformation)
+    losses = jnp.ones(K)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: update(losses, transformation.init(losses), mask=mask))
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m.extra(THREE)], ids=str)
+def test_a_missing_argument_is_named_with_its_remedy(method):
+    transformation = method.make(K)
+    losses = jnp.ones(K)
+    (name,) = method.extra(losses)
+    with pytest.raises(bilb.MissingArgument, match=rf"`{name}`: \w+") as caught:
+        jax.eval_shape(lambda: transformation.update(losses, transformation.init(losses)))
+    assert caught.value.argument == name
+    assert isinstance(caught.value, TypeError)
+
+
+softmax_clip = lambda *clip: bilb.bilb4mtl(router=bilb.routers.softmax(clip=clip))
+linear_softmax = bilb.routers.linear_softmax
+with_features = lambda shape: (
+    lambda: update_of(
+        bilb.bilb4mtl(router=linear_softmax(NUM_FEATURES)), THREE, features=jnp.ones(shape)
+    )
+)
+
+
+def update_of(transformation, losses=THREE, **extra):
+    return transformation.update(losses, transformation.init(losses), **extra)
+
+
+def init_of(transformation, losses=THREE):
+    return transformation.init(losses)
+
+
+class Normalized(nn.Module):
+    @nn.compact
+    def __call__(self, features):
+        return nn.softmax(nn.BatchNorm(use_running_average=True)(features).mean(0))
+
+
+no_where = lambda u: jnp.max(u)
+module_router = bilb.routers.from_module(Network(4), jnp.zeros((1, NUM_FEATURES)))
+normalized_router = bilb.routers.from_module(Normalized(), jnp.zeros((1, 3)))
+short_router = bilb.Router(lambda k, dtype: jnp.ones(k, dtype), lambda w, _: w[:2])
+FEATURES = features(jnp.ones(3))
+
+CASES = {
+    "weights -1": (lambda: bilb.linear_scalarization(-1.0), ValueError, r"weights.*-1"),
+    "weights [1 -2]": (
+        lambda: bilb.linear_scalarization(jnp.array([1.0, -2.0])),
+        ValueError,
+        r"weights.*-2",
+    ),
+    "weights nan": (lambda: bilb.linear_scalarization(jnp.nan), ValueError, r"weights.*nan"),
+    "weights (2,)": (
+        lambda: init_of(bilb.linear_scalarization(jnp.ones(2))),
+        ValueError,
+        r"weights.*\(3,\).*got shape \(2,\)",
+    ),
+    "weights text": (lambda: bilb.linear_scalarization("equal"), TypeError, "weights.*equal"),
+    "scales 0": (lambda: bilb.scale_by(0.0), ValueError, r"scales.*> 0.*0\.0"),
+    "scales -3": (lambda: bilb.scale_by(jnp.array([1.0, -3.0])), ValueError, r"scales.*-3"),
+    "scales (2,)": (lambda: init_of(bilb.scale_by(jnp.ones(2))), ValueError, r"\(2,\)"),
+    "floor 0": (lambda: bilb.log_losses(0.0), ValueError, r"floor.*0\.0"),
+    "floor -1": (lambda: bilb.log_scale_by_initial_loss(None, -1.0), ValueError, r"floor.*-1"),
+    "every 0": (lambda: bilb.log_scale_by_initial_loss(0), ValueError, r"every.*got 0"),
+    "penalty -1": (lambda: bilb.bilb4mtl(-1.0), ValueError, r"penalty.*-1"),
+    "penalty array": (lambda: bilb.bilb4mtl(jnp.float32(-0.5)), ValueError, r"penalty.*-0\.5"),
+    "preset penalty": (lambda: bilb.presets.bilb4mtl_celeba(-1.0), ValueError, r"penalty.*-1"),
+    "preset every": (lambda: bilb.presets.bilb4mtl_qm9(every=0), ValueError, "every.*got 0"),
+    "divisor": (lambda: bilb.bilb4mtl(divisor="mean"), ValueError, "divisor.*'mean'"),
+    "router module": (lambda: bilb.bilb4mtl(router=Network(3)), TypeError, "from_module"),
+    "router function": (lambda: bilb.bilb4mtl(router=no_where), TypeError, "bilb.Router.*lambda"),
+    "router width": (
+        lambda: update_of(bilb.bilb4mtl(router=short_router)),
+        ValueError,
+        r"shape \(3,\); got shape \(2,\)",
+    ),
+    "router initial": (
+        lambda: init_of(bilb.bilb4mtl(router=bilb.routers.sigmoid(jnp.ones(2)))),
+        ValueError,
+        r"initial.*got shape \(2,\)",
+    ),
+    "clip high": (lambda: init_of(softmax_clip(0.2, 0.3)), ValueError, r"\(0\.2, 0\.3\).*3"),
+    "clip low": (lambda: init_of(softmax_clip(0.4, 0.8)), ValueError, r"\(0\.4, 0\.8\).*3"),
+    "clip default": (
+        lambda: init_of(bilb.bilb4mtl(router=linear_softmax(2)), jnp.ones(5)),
+        ValueError,
+        r"\(0\.2, 0\.8\).*5",
+    ),
+    "clip preset": (
+        lambda: init_of(bilb.presets.bilb4mtl_nyuv2(num_features=2), jnp.ones(5)),
+        ValueError,
+        r"\(0\.2, 0\.8\).*5",
+    ),
+    "num_features": (lambda: linear_softmax(0), ValueError, "num_features.*0"),
+    "features width": (with_features((8, 3)), ValueError, r"4 features.*\(8, 3\)"),
+    "features scalar": (with_features(()), ValueError, r"4 features.*\(\)"),
+    "module object": (
+        lambda: bilb.routers.from_module(no_where, jnp.zeros((1, 2))),
+        TypeError,
+        "function",
+    ),
+    "module state": (
+        lambda: init_of(bilb.bilb4mtl(router=normalized_router)),
+        ValueError,
+        "batch_stats",
+    ),
+    "module width": (
+        lambda: update_of(bilb.bilb4mtl(router=module_router), **FEATURES),
+        ValueError,
+        r"shape \(3,\); got shape \(4,\)",
+    ),
+    "module features": (
+        lambda: update_of(bilb.bilb4mtl(router=module_router), jnp.ones(4)),
+        bilb.MissingArgument,
+        "`features`",
+    ),
+    "mask without where": (
+        lambda: update_of(bilb.bilb4mtl(discrepancy=no_where), mask=jnp.ones(3, bool)),
+        TypeError,
+        "`where`",
+    ),
+    "skip without where": (
+        lambda: update_of(bilb.skip_nonfinite(bilb.bilb4mtl(discrepancy=no_where))),
+        TypeError,
+        "`where`",
+    ),
+    "aggregate K": (lambda: bilb.aggregate_by(bilb.bilb4mtl(), 0), ValueError, "num_tasks.*0"),
+    "features without aux": (
+        lambda: bilb.value_and_grad(jnp.sin, bilb.bilb4mtl(), features=jnp.cos),
+        ValueError,
+        "has_aux=True",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), CASES.values(), ids=CASES)
+def test_arguments_out_of_range(call, error, message):
+    with pytest.raises(error, match=re.compile(message, re.DOTALL)):
+        call()
+
+
+@pytest.mark.parametrize("argument", ["slopes", "losses_after", "slope_fn"])
+@pytest.mark.parametrize(
+    "link",
+    [
+        bilb.scale_by(2.0),
+        bilb.scale_by_initial_loss(),
+        bilb.scale_by_initial_ratio(),
+        bilb.log_losses(),
+        bilb.log_scale_by_initial_loss(),
+        bilb.pmean_losses("data"),
+    ],
+    ids=["scale_by", "initial_loss", "initial_ratio", "log", "log_initial", "pmean"],
+)
+def test_links_that_change_losses_reject_what_speaks_of_the_raw_ones(link, argument):
+    with pytest.raises(TypeError, match=f"`{argument}`.*transform="):
+        update_of(link, **{argument: jnp.ones(3)})
+    chain = optax.chain(bilb.linear_scalarization(), link)
+    with pytest.raises(TypeError, match=f"`{argument}`.*transform="):
+        update_of(chain, **{argument: jnp.ones(3)})
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        bilb.linear_scalarization,
+        bilb.scale_by,
+        bilb.log_losses,
+        lambda floor: bilb.log_scale_by_initial_loss(None, floor),
+        lambda every: bilb.log_scale_by_initial_loss(every.astype(jnp.int32)),
+        bilb.bilb4mtl,
+    ],
+    ids=["weights", "scales", "floor", "initial_floor", "every", "penalty"],
+)
+def test_traced_hyperparameters_are_not_checked(build):
+    jax.eval_shape(lambda value: update_of(build(value)), jax.ShapeDtypeStruct((), jnp.float32))
+
+
+def test_a_penalty_of_zero_is_the_ablation():
+    losses = example_losses(K)
+    balanced, state = update_of(bilb.bilb4mtl(0.0), losses)
+    assert jnp.allclose(balanced, state.weights * losses)

@@ -1,0 +1,268 @@
+"""Every loss transformation keeps the contract of the library: values, dtypes, transformations."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+from methods import (
+    METHODS,
+    assert_close,
+    assert_equal,
+    assert_finite,
+    compiled,
+    example_losses,
+    jit,
+)
+
+import bilb
+
+K = 5
+every_method = pytest.mark.parametrize("method", METHODS, ids=str)
+
+
+def train(transformation, update, losses):
+    """Updates over the rows of losses; returns the last balanced losses and state."""
+    state = transformation.init(losses[0])
+    for row in losses:
+        balanced, state = update(row, state)
+    return balanced, state
+
+
+def warm(method, steps=4):
+    """Returns a state after a few steps, and the next losses."""
+    losses = example_losses(steps + 1, K)
+    return train(*compiled(method, K), losses[:-1])[1], losses[-1]
+
+
+def specification(tree):
+    """Returns the structure, and shape, dtype and weak type of every leaf."""
+    leaves, structure = jax.tree.flatten(jax.eval_shape(lambda: tree))
+    return structure, [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in leaves]
+
+
+def check_dtypes(method, init_dtype, dtype):
+    transformation, _ = compiled(method, K)
+    state = transformation.init(jax.ShapeDtypeStruct((K,), init_dtype))
+    expected = specification(state)
+    assert specification(transformation.init(jnp.ones(K, init_dtype))) == expected
+    losses = jax.ShapeDtypeStruct((K,), dtype)
+    balanced, state = jax.eval_shape(method.step(transformation), losses, state)
+    assert (balanced.shape, balanced.dtype, balanced.weak_type) == ((K,), dtype, False)
+    assert specification(state) == expected
+    statistics = jnp.promote_types(init_dtype, jnp.float32)
+    for leaf in jax.tree.leaves(state):
+        assert not leaf.weak_type
+        assert leaf.dtype == statistics or not jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+@every_method
+@pytest.mark.parametrize(
+    ("init_dtype", "dtype"),
+    [
+        ("bfloat16", "bfloat16"),
+        ("float16", "float16"),
+        ("float32", "float32"),
+        ("bfloat16", "float32"),
+    ],
+)
+def test_dtypes_are_kept_and_statistics_are_float32_at_least(method, init_dtype, dtype):
+    check_dtypes(method, init_dtype, dtype)
+
+
+@pytest.mark.x64
+@every_method
+@pytest.mark.parametrize(
+    ("init_dtype", "dtype"),
+    [("float64", "float64"), ("float32", "float64"), ("float64", "float32")],
+)
+def test_dtypes_are_kept_in_float64(method, init_dtype, dtype):
+    check_dtypes(method, init_dtype, dtype)
+
+
+@every_method
+def test_half_precision_rounds_only_what_comes_out(method):
+    state, losses = warm(method)
+    transformation, update = compiled(method, K)
+    half = losses.astype(jnp.bfloat16)
+    rounded = half.astype(jnp.float32)
+    balanced, half_state = transformation.update(half, state, **method.extra(rounded))
+    expected = update(rounded, state)
+    # In a chain every link rounds what it passes on, hence not closer.
+    assert_close((balanced.astype(jnp.float32), half_state), expected, rtol=2**-7, atol=1e-3)
+
+
+@every_method
+@pytest.mark.filterwarnings("error")
+def test_float64_numbers_of_numpy_are_float32_unless_asked_for(method):
+    transformation, _ = compiled(method, K)
+    losses = np.linspace(0.5, 2.0, K)
+    extra = method.extra(jnp.ones(K))
+    balanced, state = transformation.update(losses, transformation.init(losses), **extra)
+    assert balanced.dtype == jnp.float32
+    assert specification(state) == specification(transformation.init(jnp.ones(K)))
+
+
+@functools.cache
+def compiled_jacobian(method):
+    """Returns the transformation and ``(losses, state) -> balanced, state, Jacobian``."""
+    transformation = method.make(K)
+
+    @jit
+    def function(losses, state):
+        def update(losses):
+            balanced, new_state = method.update(transformation, losses, state)
+            return balanced, (balanced, new_state)
+
+        jacobian, (balanced, new_state) = jax.jacrev(update, has_aux=True)(losses)
+        return balanced, new_state, jacobian
+
+    return transformation, function
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("method", [m for m in METHODS if m.phi], ids=str)
+def test_sum_is_the_objective_and_each_entry_is_its_tasks_alone(method):
+    transformation, function = compiled_jacobian(method)
+    losses = example_losses(5, K)
+    state = transformation.init(losses[0])
+    for step, row in enumerate(losses):
+        balanced, state, jacobian = function(row, state)
+        if step in (method.warmup, 4):
+            objective = functools.partial(method.objective, state=state)
+            value, effective_weights = jax.value_and_grad(objective)(row)
+            np.testing.assert_allclose(balanced.sum(), value, rtol=1e-9, atol=1e-12)
+            expected = np.diag(effective_weights)
+            np.testing.assert_allclose(jacobian, expected, rtol=1e-9, atol=1e-12)
+
+
+@every_method
+def test_jit_equals_eager_and_compiles_once(method):
+    transformation, update = compiled(method, K)
+    losses = example_losses(3, K)
+    jitted = train(transformation, update, losses)
+    assert update._cache_size() == 1
+    assert_close(train(transformation, method.step(transformation), losses), jitted)
+
+
+@every_method
+def test_a_thousand_steps_under_scan_and_vmap_trace_once_and_stay_finite(method):
+    """Maps over losses, states, hyperparameters and seeds at once."""
+    values = {name: [value, 2 * value, 3 * value] for name, value in method.numeric.items()}
+    if "key" in method.fixed(K):
+        values["key"] = [7, 8, 9]
+    losses = example_losses(3, 1000, K)
+    traces = []
+
+    def run(changes, losses):
+        transformation = method.make(K, **changes)
+
+        def step(state, row):
+            traces.append(1)
+            balanced, state = method.update(transformation, row, state)
+            return state, balanced
+
+        return jax.lax.scan(step, transformation.init(losses[0]), losses)
+
+    stacked = {name: jnp.array(value) for name, value in values.items()}
+    state, balanced = jit(jax.vmap(run))(stacked, losses)
+    assert len(traces) == 1
+    assert_finite((state, balanced))
+    for _, step in optax.tree.get_all_with_path(state, "step"):
+        assert (step == 1000).all()
+    for i in range(3):
+        transformation = method.make(K, **{name: value[i] for name, value in values.items()})
+        alone, _ = train(transformation, method.step(transformation), losses[i, :2])
+        assert_close(balanced[i, 1], alone, rtol=1e-4)
+
+
+@every_method
+@pytest.mark.parametrize("num_tasks", [1, 1000])
+def test_one_task_and_a_thousand(method, num_tasks):
+    transformation = method.make(num_tasks)
+    losses = example_losses(num_tasks)
+    first = jit(lambda losses: method.update(transformation, losses, transformation.init(losses)))
+    balanced, state = first(losses)
+    assert balanced.shape == losses.shape
+    assert_finite((balanced, state))
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m.equivariant], ids=str)
+def test_permuting_the_tasks_permutes_what_comes_out(method):
+    state, losses = warm(method)
+    _, update = compiled(method, K)
+    order = jnp.array([3, 0, 4, 1, 2])
+    balanced, new_state = update(losses, state)
+    permuted = update(losses[order], method.take(state, order, K))
+    assert_close(permuted, (balanced[order], method.take(new_state, order, K)))
+
+
+@every_method
+def test_unknown_extra_arguments_are_ignored(method):
+    transformation = method.make(K)
+    losses = example_losses(K)
+    state = transformation.init(losses)
+    more = method.update(transformation, losses, state, value=3.0, value_fn=print, tag="x")
+    assert_equal(more, method.update(transformation, losses, state))
+
+
+@every_method
+def test_chain_in_front_and_behind(method):
+    transformation, update = compiled(method, K)
+    losses = example_losses(2, K)
+    chain = optax.chain(optax.scale(0.5), transformation, bilb.linear_scalarization(3.0))
+    update_chain = lambda losses, state: chain.update(losses, state, **method.extra(losses / 2))
+    chained, chain_state = train(chain, update_chain, losses)
+    balanced, state = train(transformation, update, losses / 2)
+    assert_close((chained, chain_state[1]), (3 * balanced, state))
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if "weights" in m.learns], ids=str)
+def test_weights_of_any_chain_are_logged_by_name(method):
+    state, _ = warm(method)
+    weights = optax.tree.get(state, "weights")
+    assert weights.shape == (K,)
+    assert not np.allclose(weights, 1.0)
+
+
+def vectors(dtype, exponent):
+    """Returns K zeros and numbers of either sign between 10**-exponent and 10**exponent."""
+    size = st.floats(-exponent, exponent).map(lambda e: 10.0**e)
+    number = st.one_of(st.just(0.0), size, size.map(lambda x: -x))
+    return npst.arrays(dtype, K, elements=number.map(lambda x: float(dtype(x))), fill=st.nothing())
+
+
+def is_learned(path, leaf):
+    # Squares of extreme gradients may overflow in an inner optimiser, which then stands still.
+    return jnp.issubdtype(leaf.dtype, jnp.floating) and "opt_state" not in jax.tree_util.keystr(
+        path
+    )
+
+
+def check_finite(state):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        assert not is_learned(path, leaf) or jnp.isfinite(leaf).all(), jax.tree_util.keystr(path)
+
+
+@every_method
+@settings(max_examples=25, deadline=None)
+@given(losses=st.tuples(*[vectors(np.float32, 12)] * 2))
+def test_finite_losses_stay_finite_in_float32(method, losses):
+    check_finite(train(*compiled(method, K), jnp.asarray(losses)))
+
+
+@pytest.mark.x64
+@every_method
+@settings(max_examples=25, deadline=None)
+@given(losses=st.tuples(*[vectors(np.float64, 30)] * 2))
+def test_finite_losses_stay_finite_in_float64(method, losses):
+    transformation, function = compiled_jacobian(method)
+    first, second = map(jnp.asarray, losses)
+    _, state, _ = function(first, transformation.init(first))
+    balanced, state, jacobian = function(second, state)
+    check_finite((balanced, state, jacobian))
