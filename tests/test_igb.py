@@ -568,15 +568,17 @@ def test_three_runs_at_once_cost_less_than_four(over):
         arguments = (states[0], jax.tree.map(lambda *x: jnp.stack(x), *states))
     functions = (jax.jit(one), jax.jit(jax.vmap(one)))
 
-    def seconds(function, argument):
+    for function, argument in zip(functions, arguments):
         jax.block_until_ready(function(argument))
+
+    def seconds(function, argument):
         # The time of all threads, which other programs on the machine do not lengthen much.
         start = time.process_time()
         jax.block_until_ready(function(argument))
         return time.process_time() - start
 
     ratios = []
-    for _ in range(20):
+    while len(ratios) < 20 and min(ratios, default=4) >= 4:
         one_run, three_runs = map(seconds, functions, arguments)
         ratios.append(three_runs / one_run)
     # Training at every step instead of every tenth would take it to ten and more, every time.
@@ -584,8 +586,7 @@ def test_three_runs_at_once_cost_less_than_four(over):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base_steps", [1, 100])
-@pytest.mark.parametrize("distribution", ["uniform", "log-uniform"])
+@pytest.mark.parametrize(("distribution", "base_steps"), [("uniform", 1), ("log-uniform", 100)])
 def test_ten_thousand_random_losses_stay_finite(distribution, base_steps):
     balancer = igb_v2(
         0, base_steps, warmup_steps=base_steps + 100, update_after=base_steps + 10,
