@@ -198,21 +198,34 @@ def test_transform_pushes_the_slopes_through():
 
 @pytest.mark.parametrize("transform", [None, jnp.log])
 def test_slope_fn_and_inner_steps_solve_the_problem_at_once(transform):
-    task_losses, _, x = quadratics(3, 3, 10)
-    gram = lambda j: j @ j.T
+    task_losses, _, x = quadratics(4, 3, 10)
+    x = 0.2 * x
     transformed = lambda x: (transform or (lambda losses: losses))(task_losses(x))
-    exact = gram(jax.jacobian(transformed)(x))
+    jacobian = jax.jacobian(transformed)(x)
+    gram = jacobian @ jacobian.T
     balancer = bilb.marigold(
         scheme="projection",
         transform=transform,
-        inner_steps=500,
-        optimizer=optax.sgd(1 / jnp.trace(exact)),
+        inner_steps=2_000,
+        optimizer=optax.sgd(1 / jnp.trace(gram)),
     )
     value_and_grad = bilb.value_and_grad(task_losses, balancer)
     _, _, state = jax.jit(value_and_grad)(x, value_and_grad.init(x))
-    weights = state.balancer.weights
-    value = lambda w: w @ exact @ w
-    assert value(weights) == pytest.approx(float(value(min_norm_weights(exact))), rel=1e-3)
+    exact = min_norm_weights(gram)
+    assert (exact > 0.1).all(), "the solution is not interior; choose another seed"
+    np.testing.assert_allclose(state.balancer.weights, exact, atol=2e-3)
+
+
+@pytest.mark.parametrize("scheme", ["softmax", "projection", "exponentiated"])
+def test_first_call_learns_nothing(scheme):
+    balancer = bilb.marigold(scheme=scheme, regularization=1.0)
+    losses = jnp.array([1.0, 2.0, 3.0])
+    state = balancer.init(losses)
+    _, after = balancer.update(losses, state, slopes=jnp.zeros(3))
+    np.testing.assert_array_equal(after.weights, state.weights)
+    old, new = (jax.tree.leaves((s.point, s.opt_state, s.memory)) for s in (state, after))
+    for before, now in zip(old, new):
+        np.testing.assert_array_equal(now, before)
 
 
 @pytest.mark.parametrize(
