@@ -2,7 +2,7 @@
 
 Each preset is what the official code of that experiment computes, loss by loss; only the
 optimiser of the router is yours to choose (the official code trains it with the model's Adam and
-learning rate, the default here).
+learning rate, the default here). With ``optax.inject_hyperparams``, ``num_features`` is static.
 """
 
 from __future__ import annotations

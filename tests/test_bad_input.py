@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from methods import METHODS, NUM_FEATURES, Network, example_losses, features
+from contract import example_losses
+from methods import METHODS, NUM_FEATURES, Network, features
 
 import bilb
 
@@ -251,3 +252,8 @@ def test_a_penalty_of_zero_is_the_ablation():
     losses = example_losses(K)
     balanced, state = update_of(bilb.bilb4mtl(0.0), losses)
     assert jnp.allclose(balanced, state.weights * losses)
+
+
+def test_a_penalty_per_task_is_refused():
+    with pytest.raises(ValueError, match=r"\(3,\)"):
+        bilb.bilb4mtl(jnp.array([0.1, 0.2, 0.3]))

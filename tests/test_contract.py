@@ -7,23 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contract import assert_close, assert_equal, assert_finite, compiled, example_losses, jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
-from methods import (
-    METHODS,
-    assert_close,
-    assert_equal,
-    assert_finite,
-    compiled,
-    example_losses,
-    jit,
-)
+from methods import METHODS
 
 import bilb
 
 K = 5
-every_method = pytest.mark.parametrize("method", METHODS, ids=str)
+every_method = pytest.mark.parametrize("method", METHODS, ids=str, scope="module")
 
 
 def train(transformation, update, losses):
@@ -126,7 +119,7 @@ def compiled_jacobian(method):
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("method", [m for m in METHODS if m.phi], ids=str)
+@pytest.mark.parametrize("method", [m for m in METHODS if m.phi], ids=str, scope="module")
 def test_sum_is_the_objective_and_each_entry_is_its_tasks_alone(method):
     transformation, function = compiled_jacobian(method)
     losses = example_losses(5, K)
@@ -192,7 +185,7 @@ def test_one_task_and_a_thousand(method, num_tasks):
     assert_finite((balanced, state))
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m.equivariant], ids=str)
+@pytest.mark.parametrize("method", [m for m in METHODS if m.equivariant], ids=str, scope="module")
 def test_permuting_the_tasks_permutes_what_comes_out(method):
     state, losses = warm(method)
     _, update = compiled(method, K)
@@ -222,7 +215,9 @@ def test_chain_in_front_and_behind(method):
     assert_close((chained, chain_state[1]), (3 * balanced, state))
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if "weights" in m.learns], ids=str)
+@pytest.mark.parametrize(
+    "method", [m for m in METHODS if "weights" in m.learns], ids=str, scope="module"
+)
 def test_weights_of_any_chain_are_logged_by_name(method):
     state, _ = warm(method)
     weights = optax.tree.get(state, "weights")

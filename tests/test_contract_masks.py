@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from methods import (
-    METHODS,
+from contract import (
     assert_close,
     assert_equal,
     assert_finite,
@@ -17,6 +16,7 @@ from methods import (
     jit,
     task_axes,
 )
+from methods import METHODS
 
 import bilb
 
@@ -24,7 +24,7 @@ K = 5
 PRESENT = jnp.array([True, False, True, False, True])
 INDICES = jnp.flatnonzero(PRESENT)
 ABSENT = jnp.flatnonzero(~PRESENT)
-every_method = pytest.mark.parametrize("method", METHODS, ids=str)
+every_method = pytest.mark.parametrize("method", METHODS, ids=str, scope="module")
 
 
 @functools.cache

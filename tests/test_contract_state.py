@@ -7,19 +7,16 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from methods import (
-    METHODS,
-    NUM_FEATURES,
-    Network,
+from contract import (
     assert_close,
     assert_equal,
     assert_finite,
     compiled,
     example_losses,
-    features,
     jit,
     numbers,
 )
+from methods import METHODS, NUM_FEATURES, Network, features
 
 import bilb
 
@@ -47,7 +44,7 @@ def warm_state(method, steps=2):
     return state
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m.numeric], ids=str)
+@pytest.mark.parametrize("method", [m for m in METHODS if m.numeric], ids=str, scope="module")
 def test_injected_hyperparameters_equal_the_direct_call(method):
     factory = optax.inject_hyperparams(
         method.factory, static_args=method.static_args, hyperparam_dtype=jnp.float32
@@ -89,7 +86,7 @@ def pointers(*trees):
     return [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(numbers(trees))]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=str, scope="module")
 def test_no_two_fields_of_a_state_share_a_buffer(method):
     transformation, update = compiled(method, K)
     losses = example_losses(K)
@@ -158,7 +155,7 @@ def test_states_survive_an_orbax_checkpoint(tmp_path):
         assert_equal(restored[name], state)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=str, scope="module")
 def test_states_survive_flax_serialization(method):
     state = warm_state(method)
     if any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(state)):

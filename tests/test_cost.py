@@ -13,8 +13,8 @@ import bilb
 SMALL = cost.Trunk(widths=(64, 64), batch=32, inputs=64)
 LARGE = cost.Trunk(widths=(512, 512, 512), batch=256, inputs=512)
 CASES = [
-    pytest.param(trunk, num_tasks, id=f"{name}-{num_tasks}", marks=marks)
-    for trunk, name, marks in ((SMALL, "small", []), (LARGE, "large", [pytest.mark.slow]))
+    pytest.param(trunk, num_tasks, id=f"{name}-{num_tasks}")
+    for name, trunk in (("small", SMALL), ("large", LARGE))
     for num_tasks in (2, 8, 40, 200)
 ]
 balanced = functools.partial(cost.balanced_step, balancer=bilb.bilb4mtl())

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from methods import assert_finite
+from contract import assert_finite
 
 import bilb
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from methods import DISCREPANCIES, NUM_FEATURES, Network, bilevel_objective, example_losses
+from contract import example_losses
+from methods import DISCREPANCIES, NUM_FEATURES, Network, bilevel_objective
 
 import bilb
 from bilb import routers

@@ -4,10 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contract import compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
-from methods import METHODS, compiled
+from methods import METHODS
 
 K = 5
 # Methods whose weights have a fixed sum; for the others only the sign is documented.

@@ -82,7 +82,7 @@ def bilb4mtl(
         hyperparam_dtype=jnp.float32)(penalty=0.05)``.
 
     Raises:
-        ValueError: for a negative concrete penalty, an unknown divisor, or a router that does not
+        ValueError: for a negative concrete penalty or one that is not a scalar, an unknown divisor, or a router that does not
             return K weights.
         TypeError: for a router that is not a ``bilb.Router``, and for a mask when ``discrepancy``
             takes no ``where``.
@@ -103,6 +103,8 @@ def bilb4mtl(
     """
     optimizer = optax.with_extra_args_support(optimizer)
     base.check_number("penalty", penalty, minimum=0)
+    if not callable(penalty) and jnp.ndim(penalty) != 0:
+        raise ValueError(f"penalty must be one number; got shape {jnp.shape(penalty)}.")
     balance = balanced_losses(router, discrepancy, weighted=weighted, divisor=divisor)
 
     def init(num_tasks, dtype):

@@ -2,8 +2,8 @@
 
 A :class:`Router` is two functions, ``init(num_tasks, dtype) -> parameters`` and
 ``apply(parameters, features) -> weights (K,)``; write your own in two lines. Weights should be
-positive. Parameters that have an axis of length K are per task: with a mask, the entries of absent
-tasks stay as they are.
+positive. Parameters whose shape grows with K are per task: with a mask, the entries of absent tasks
+stay as they are. Those of a network (:func:`from_module`) are shared by all tasks.
 """
 
 from __future__ import annotations

@@ -1,0 +1,133 @@
+"""What the tests over all loss transformations share: an entry of the table, and comparisons."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+# Most of what tests over all methods do is to compile; their programs are too small to optimise.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Method:
+    """A loss transformation under the contract.
+
+    Attributes:
+        name: the test id.
+        factory: returns the transformation; takes ``numeric`` and ``arguments`` as keywords.
+        numeric: hyperparameters to inject, to trace and to vmap over.
+        arguments: the other keywords, or a function of the number of tasks that returns them. One
+            named ``key`` is a seed and is vmapped over as well.
+        static_args: the documented static arguments of ``optax.inject_hyperparams``.
+        extra: ``losses -> extra arguments`` that ``update`` cannot work without.
+        values: ``(losses, new_state) -> (K,)``, what the links in front make of the losses.
+        phi: ``(values, weights) -> scalar``, the documented objective with the state's weights
+            (None where it has none) held constant; None where it has no such form. Absent tasks
+            are left out of both arguments.
+        warmup: the number of updates before ``phi`` holds.
+        equivariant: permuting losses and per-task state permutes what comes out.
+        learns: per-task fields of the state that move over generic losses.
+        shared: fields of the state that tasks share although they have an axis of length K.
+    """
+
+    name: str
+    factory: Callable[..., optax.GradientTransformation]
+    numeric: dict[str, Any] = dataclasses.field(default_factory=dict)
+    arguments: dict[str, Any] | Callable[[int], dict[str, Any]] = dataclasses.field(
+        default_factory=dict
+    )
+    static_args: tuple[str, ...] = ()
+    extra: Callable[[jax.Array], dict[str, Any]] = lambda losses: {}
+    values: Callable[[jax.Array, Any], jax.Array] = lambda losses, state: losses
+    phi: Callable[[jax.Array, Any], jax.Array] | None = lambda values, weights: values.sum()
+    warmup: int = 0
+    equivariant: bool = True
+    learns: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+
+    def __str__(self):
+        return self.name
+
+    def fixed(self, num_tasks):
+        """Returns the keywords that are not numeric hyperparameters."""
+        return self.arguments(num_tasks) if callable(self.arguments) else self.arguments
+
+    def make(self, num_tasks, **changes):
+        """Returns the transformation for K tasks."""
+        keywords = {**self.numeric, **self.fixed(num_tasks), **changes}
+        return optax.with_extra_args_support(self.factory(**keywords))
+
+    def update(self, transformation, losses, state, **more):
+        """Calls update with the extra arguments that the method needs."""
+        return transformation.update(losses, state, **{**self.extra(losses), **more})
+
+    def step(self, transformation):
+        """Returns update with the extra arguments that the method needs filled in."""
+        return lambda losses, state: self.update(transformation, losses, state)
+
+    def objective(self, losses, state, present=slice(None)):
+        """Returns the documented objective, written independently of the library."""
+        weights = optax.tree.get(state, "weights")
+        values = self.values(losses, state)[present]
+        return self.phi(values, None if weights is None else weights[present])
+
+    def take(self, state, tasks, num_tasks):
+        """Returns the state of the tasks with these indices, in their order."""
+        pick = lambda axis, leaf: leaf if axis < 0 else jnp.take(leaf, tasks, axis)
+        return jax.tree.map(pick, task_axes(self, num_tasks), state)
+
+
+@functools.cache
+def task_axes(method, num_tasks):
+    """Returns for every leaf of the state the axis that grows with K, or -1."""
+    shapes = lambda k: jax.eval_shape(lambda: method.make(k).init(jnp.ones(k)))
+
+    def axis(path, leaf, wider):
+        differs = [a for a, (n, m) in enumerate(zip(leaf.shape, wider.shape)) if n != m]
+        shared = any(f".{field}" in jax.tree_util.keystr(path) for field in method.shared)
+        return -1 if shared or not differs else differs[0]
+
+    return jax.tree_util.tree_map_with_path(axis, shapes(num_tasks), shapes(num_tasks + 1))
+
+
+@functools.cache
+def compiled(method, num_tasks):
+    """Returns the transformation and its jitted ``(losses, state)`` update, shared by tests."""
+    transformation = method.make(num_tasks)
+    return transformation, jit(method.step(transformation))
+
+
+def numbers(tree):
+    """Returns the tree with the data of its JAX keys in their place."""
+    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, tree)
+
+
+def assert_finite(tree):
+    """Checks that all numbers of a tree are finite; JAX keys have none."""
+    chex.assert_tree_all_finite(numbers(tree))
+
+
+def assert_close(actual, desired, rtol=1e-5, atol=1e-6):
+    """Checks that two trees agree, JAX keys included."""
+    chex.assert_trees_all_close(numbers(actual), numbers(desired), rtol=rtol, atol=atol)
+
+
+def assert_equal(actual, desired):
+    """Checks that two trees are the same, structures and JAX keys included."""
+    chex.assert_trees_all_equal_structs(actual, desired)
+    chex.assert_trees_all_equal(numbers(actual), numbers(desired))
+
+
+def example_losses(*shape, seed=0):
+    """Returns positive losses without ties whose sizes differ by task."""
+    scale = 2.0 ** (jnp.arange(shape[-1]) % 7 - 3)
+    return scale * jnp.exp(jax.random.normal(jax.random.key(seed), shape))
