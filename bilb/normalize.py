@@ -233,8 +233,9 @@ def pmean_losses(axis_name: str | tuple[str, ...]) -> optax.GradientTransformati
     ``jax.pmap``: without it every device would get its own weights. Under ``jit`` with sharded
     arrays the losses are global already and this link is not used. Costs one all-reduce of K
     numbers. A mask must be the same on all devices. Methods that read slopes need the mean inside
-    ``task_losses`` instead, so that the slopes are averaged as well. The gradients still need their own
-    mean over the devices, which ``jax.shard_map`` takes by itself only with ``check_vma=True``.
+    ``task_losses`` instead, so that the slopes are averaged as well. The gradients still need a
+    mean over the devices of their own, which ``jax.shard_map`` takes by itself only with
+    ``check_vma=True``.
 
     Args:
         axis_name: name of the mapped axis, or a tuple of names.

@@ -82,8 +82,8 @@ def bilb4mtl(
         hyperparam_dtype=jnp.float32)(penalty=0.05)``.
 
     Raises:
-        ValueError: for a negative concrete penalty or one that is not a scalar, an unknown divisor, or a router that does not
-            return K weights.
+        ValueError: for a negative concrete penalty or one that is not a scalar, an unknown divisor,
+            or a router that does not return K weights.
         TypeError: for a router that is not a ``bilb.Router``, and for a mask when ``discrepancy``
             takes no ``where``.
         MissingArgument: for a router that reads features and gets none.
