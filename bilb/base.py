@@ -249,6 +249,19 @@ def split_over_tasks(
     return by_task + remainder / num_present(losses, mask), weights
 
 
+def bounded_gradient(gradient: PyTree) -> PyTree:
+    """Clips far beyond any useful size, so that the squares in Adam's moments cannot overflow.
+
+    The bound is a thousandth of the root of the dtype's largest number: 2e16 in float32.
+    """
+
+    def leaf(g):
+        bound = 1e-3 * float(jnp.finfo(g.dtype).max) ** 0.5
+        return jnp.clip(g, -bound, bound)
+
+    return jax.tree.map(leaf, gradient)
+
+
 def at_step(value: Scalar, step: Array) -> Any:
     """Evaluates a schedule at ``step``; returns numbers and arrays as they are."""
     return value(step) if callable(value) else value

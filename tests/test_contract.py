@@ -232,23 +232,11 @@ def vectors(dtype, exponent):
     return npst.arrays(dtype, K, elements=number.map(lambda x: float(dtype(x))), fill=st.nothing())
 
 
-def is_learned(path, leaf):
-    # Squares of extreme gradients may overflow in an inner optimiser, which then stands still.
-    return jnp.issubdtype(leaf.dtype, jnp.floating) and "opt_state" not in jax.tree_util.keystr(
-        path
-    )
-
-
-def check_finite(state):
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        assert not is_learned(path, leaf) or jnp.isfinite(leaf).all(), jax.tree_util.keystr(path)
-
-
 @every_method
 @settings(max_examples=25, deadline=None)
 @given(losses=st.tuples(*[vectors(np.float32, 12)] * 2))
 def test_finite_losses_stay_finite_in_float32(method, losses):
-    check_finite(train(*compiled(method, K), jnp.asarray(losses)))
+    assert_finite(train(*compiled(method, K), jnp.asarray(losses)))
 
 
 @pytest.mark.x64
@@ -260,4 +248,4 @@ def test_finite_losses_stay_finite_in_float64(method, losses):
     first, second = map(jnp.asarray, losses)
     _, state, _ = function(first, transformation.init(first))
     balanced, state, jacobian = function(second, state)
-    check_finite((balanced, state, jacobian))
+    assert_finite((balanced, state, jacobian))

@@ -1,12 +1,10 @@
 """Metrics against closed forms, the papers' tables and recorded high-precision solutions."""
 
-import os
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
@@ -14,7 +12,6 @@ from hypothesis.extra import numpy as npst
 from bilb import metrics
 from bilb.gradient_balancing import solvers
 
-ORACLES = pathlib.Path(os.environ.get("BILB_ORACLES", pathlib.Path(__file__).parent / "data"))
 FLOAT32_EPS = float(jnp.finfo(jnp.float32).eps)
 
 
@@ -306,10 +303,7 @@ class TestMinNormWeights:
 
 @pytest.mark.parametrize("num_tasks", [2, 3, 5, 11, 40])
 def test_min_norm_point_matches_high_precision_solutions(num_tasks):
-    path = ORACLES / f"f4_agg_K{num_tasks}.npz"
-    if not path.exists():
-        pytest.skip(f"{path.name} is not there; BILB_ORACLES names the folder that has it")
-    recorded = np.load(path)
+    recorded = oracle(f"f4_agg_K{num_tasks}")
     row = list(recorded["exact_names"]).index("mgda")
     assert len(recorded["cases"]) > 0
     with jax.enable_x64(True):

@@ -124,7 +124,7 @@ def bilb4mtl(
             constants = jax.lax.stop_gradient((losses, features))
             return balance(parameters, *constants, mask, current)[0].sum()
 
-        gradient = jax.grad(objective)(state.router)
+        gradient = base.bounded_gradient(jax.grad(objective)(state.router))
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.router)
         return balanced, BiLB4MTLState(
             step=optax.safe_increment(state.step),

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bilb import base
+
 
 def log_sum_exp_and_softmax(
     values: jax.Array, where: jax.Array | None = None
@@ -42,12 +44,10 @@ def learn_exponents(
 ) -> tuple[jax.Array, optax.OptState]:
     """Takes one step on exponents s of weights such as ``exp(-s)``, within the dtype's range.
 
-    The exponents are kept in ``|s| <= log(largest number) / 2`` (44 in float32, 354 in float64) and
-    the gradient below a thousandth of the root of the largest number, so that neither a loss that
-    stays zero, which has no finite minimiser, nor the squares in Adam's moments overflow.
+    The exponents are kept in ``|s| <= log(largest number) / 2`` (44 in float32, 354 in float64), so
+    that a loss that stays zero, which has no finite minimiser, does not overflow.
     """
-    largest = float(jnp.finfo(exponents.dtype).max)
-    steepest, bound = 1e-3 * math.sqrt(largest), 0.5 * math.log(largest)
-    gradient = jnp.clip(jax.grad(objective)(exponents), -steepest, steepest)
+    bound = 0.5 * math.log(float(jnp.finfo(exponents.dtype).max))
+    gradient = base.bounded_gradient(jax.grad(objective)(exponents))
     updates, opt_state = optimizer.update(gradient, opt_state, exponents)
     return jnp.clip(optax.apply_updates(exponents, updates), -bound, bound), opt_state
