@@ -1,10 +1,12 @@
 """Multi-task learning for JAX, written the way Optax is written."""
 
+from bilb import grams as grams
 from bilb import metrics as metrics
 from bilb import presets as presets
 from bilb import slopes as slopes
 from bilb.base import MissingArgument as MissingArgument
 from bilb.base import TrainingStep as TrainingStep
+from bilb.base import loss_transformation as loss_transformation
 from bilb.bilevel import discrepancies as discrepancies
 from bilb.bilevel import lower_levels as lower_levels
 from bilb.bilevel import routers as routers
@@ -17,11 +19,14 @@ from bilb.bilevel.marigold import MarigoldState as MarigoldState
 from bilb.bilevel.marigold import adagrad_norm as adagrad_norm
 from bilb.bilevel.marigold import marigold as marigold
 from bilb.bilevel.routers import Router as Router
+from bilb.chain import ChainState as ChainState
+from bilb.chain import chain as chain
 from bilb.improvable_gap.igb_v1 import IGBv1State as IGBv1State
 from bilb.improvable_gap.igb_v1 import igb_v1 as igb_v1
 from bilb.improvable_gap.igb_v2 import IGBv2State as IGBv2State
 from bilb.improvable_gap.igb_v2 import igb_v2 as igb_v2
 from bilb.jacobian import linearize as linearize
+from bilb.jacobian import task_gradients as task_gradients
 from bilb.loss_balancing.auto_lambda import AutoLambdaState as AutoLambdaState
 from bilb.loss_balancing.auto_lambda import auto_lambda as auto_lambda
 from bilb.loss_balancing.cosmos import COSMOSState as COSMOSState

@@ -12,7 +12,9 @@ what the contract asks of all of them.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,6 +32,9 @@ Scalar = float | Array | optax.Schedule
 class MissingArgument(TypeError):
     """A method was called without an extra argument that it cannot work without.
 
+    The drivers catch it and supply what they can (:func:`bilb.value_and_grad`), and so does
+    :func:`bilb.chain`; a method of your own may raise it, too.
+
     Attributes:
         argument: the name of the missing keyword.
     """
@@ -38,6 +43,15 @@ class MissingArgument(TypeError):
         """Names the method and says how to supply the argument."""
         super().__init__(f"{method} needs the extra argument `{argument}`: {supply}")
         self.argument = argument
+        self._arguments = argument, method, supply
+
+    def __reduce__(self):
+        """Lets it cross processes."""
+        return type(self), self._arguments
+
+
+class UnboundAxis(NameError):
+    """A link needs a mapped axis, such as that of ``jax.shard_map``, and is outside of it."""
 
 
 class TrainingStep(NamedTuple):
@@ -53,30 +67,119 @@ class TrainingStep(NamedTuple):
     update: Callable[..., tuple[PyTree, PyTree, Array]]
 
 
+class Argument(NamedTuple):
+    """An extra argument that speaks of the losses, so that links must not pass it on as it is."""
+
+    axes: int  # how many axes belong to the tasks; 0 for a function
+    lagged: bool  # whether it tells of the step that the previous call produced
+    supply: str  # how to supply it
+    exact: bool = True  # whether it has no axes but those
+
+
+_OF_LAST_STEP = (
+    "shape (K,), about the step that the previous call produced, zeros at the first call; "
+    "bilb.value_and_grad supplies it."
+)
+_DRIVERS = "bilb.value_and_grad and bilb.aggregate_by supply it."
+#: What speaks of the losses, by name. Methods of users that read something else add its name.
+ABOUT_LOSSES = {
+    "slopes": Argument(1, True, _OF_LAST_STEP),
+    "losses_after": Argument(1, True, f"{_OF_LAST_STEP[:-1]} after its method `after`."),
+    "gradient_norms": Argument(
+        1, False, f"the norms (K,) of the task gradients on the shared parameters; {_DRIVERS}"
+    ),
+    "gram": Argument(2, False, f"the Gram matrix J Jᵀ (K, K) of the task gradients; {_DRIVERS}"),
+    "gram_fn": Argument(
+        0, False, f"a function () -> the Gram matrix J Jᵀ (K, K) of the task gradients; {_DRIVERS}"
+    ),
+    "slope_fn": Argument(
+        0,
+        False,
+        "a function weights (K,) -> slopes (K,) of the losses along Jᵀ weights at the current "
+        f"parameters; {_DRIVERS}",
+    ),
+}
+
+
 def loss_transformation(
     init: Callable[[int, Any], PyTree],
     update: Callable[..., tuple[Array, PyTree]],
     *,
-    rejects: tuple[str, ...] = (),
+    reads: tuple[str, ...] = (),
     keeps_absent: bool = True,
+    name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes a method's two functions a loss transformation that keeps the whole contract.
+
+    What ``update`` returns may depend on the losses' values in any way, but entry k of
+    ``balanced`` must carry the gradient of task k alone: put what a formula holds constant under
+    ``jax.lax.stop_gradient``.
 
     Args:
         init: ``(num_tasks, dtype) -> state``; ``dtype`` is the losses' dtype, float32 at least.
         update: ``(losses, state, *, mask, **extra) -> (balanced, state)`` on losses of that dtype.
-            ``mask`` is None or (K,) bool; the loss of an absent task arrives as 1.
-        rejects: extra arguments that this link must not be given (it changes the losses to which
-            they belong).
+            ``mask`` is None or (K,) bool; the loss of an absent task arrives as 1. It may leave out
+            ``mask`` (then a mask is an error) and ``**extra``. A keyword-only argument without
+            default is one that the method cannot work without: the drivers are asked for it, and
+            a call that lacks it is a :class:`MissingArgument`.
+        reads: the extra arguments that speak of the losses as this link sees them: "slopes",
+            "losses_after", "gradient_norms", "gram", "gram_fn", "slope_fn", or a name of your own
+            for an array with a leading task axis. They arrive checked, in the dtype of the losses,
+            constant in the derivative, with zeros for absent tasks. A task whose entry (whose row
+            and column of ``gram``) is not finite is an absent task. "slopes" and "losses_after"
+            tell of the previous call instead: a method that asks for ``taught`` as well gets (K,)
+            bool, the tasks that they tell of: finite, and present in that call if the state has
+            fields ``step`` and ``present`` (K,) bool that say so. Keyword-only arguments without
+            default that have one of those names are added to ``reads``.
         keeps_absent: whether to restore the state entries of absent tasks after ``update``. A
             method that has per-task shapes in what tasks share (a network, a buffer) gives False
-            and calls :func:`keep_absent` on the rest itself.
+            and calls ``bilb.base.keep_absent`` on the rest itself.
+        name: of the method, for error messages; that of the function around ``update`` if None.
 
     Returns:
         A transformation that checks shapes and dtypes, preserves the dtype of the losses and of
-        every state leaf, ignores unknown extra arguments, and with a mask returns 0 for absent
-        tasks and leaves their entries of the state as they were.
+        every state leaf, ignores unknown extra arguments, refuses those that speak of the losses
+        and that it does not read (the links of :func:`bilb.chain` get them translated), and with
+        a mask returns 0 for absent tasks and leaves their entries of the state as they were.
+
+    Example:
+        Weights by inverse gradient norms, averaged over time:
+
+        >>> import jax, jax.numpy as jnp, typing, bilb
+        >>> class InverseNormState(typing.NamedTuple):
+        ...     weights: jax.Array  # (K,)
+        >>> def inverse_norms(decay):
+        ...     def init(num_tasks, dtype):
+        ...         return InverseNormState(jnp.ones(num_tasks, dtype))
+        ...     def update(losses, state, *, mask, gradient_norms):
+        ...         weights = 1 / (1e-8 + gradient_norms)
+        ...         weights = decay * state.weights + (1 - decay) * weights
+        ...         return weights * losses, InverseNormState(weights)
+        ...     return bilb.loss_transformation(init, update)
+        >>> balancer = bilb.chain(bilb.log_losses(), inverse_norms(0.5))
+        >>> task_losses = lambda x: jnp.stack([jnp.sum((x - 1) ** 2), 10 * jnp.sum((x + 2) ** 2)])
+        >>> value_and_grad = bilb.value_and_grad(task_losses, balancer)
+        >>> x = jnp.zeros(1)
+        >>> losses, grads, state = value_and_grad(x, value_and_grad.init(x))
+        >>> print(optax.tree.get(state.balancer, "weights"), state.effective_weights)
+        [0.75 1.  ] [0.75  0.025]
     """
+    parameters = inspect.signature(update).parameters.values()
+    names = {p.name for p in parameters}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    required = [
+        p.name
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in ("mask", "taught")
+    ]
+    reads = tuple(dict.fromkeys((*reads, *(n for n in required if n in ABOUT_LOSSES))))
+    required = [name for name in required if name not in reads]
+    for read in reads:
+        if read in ("mask", "features", "losses"):
+            raise ValueError(f"reads: `{read}` does not speak of the losses; take it as a keyword.")
+        own = Argument(1, False, "an array with a leading task axis (K, ...).", exact=False)
+        ABOUT_LOSSES.setdefault(read, own)
+    name = name_of(update) if name is None else name
 
     @functools.cache
     def specification(num_tasks: int, dtype: np.dtype) -> PyTree:
@@ -84,27 +187,38 @@ def loss_transformation(
 
     def init_fn(losses):
         num_tasks, dtype = check_losses(losses)
-        return init(num_tasks, _at_least_float32(dtype))
+        return init(num_tasks, at_least_float32(dtype))
 
-    def update_fn(losses, state, params=None, *, mask=None, **extra):
+    def update_fn(losses, /, state, params=None, *, mask=None, **extra):
         del params
         num_tasks, loss_dtype = check_losses(losses)
-        for name in rejects:
-            if extra.get(name) is not None:
-                raise TypeError(
-                    f"`{name}` speaks of the losses as the model returns them, but this link of "
-                    "the chain changes the losses. Take the link out and pass the method that "
-                    f"reads `{name}` an elementwise `transform=` instead, or change the losses "
-                    "inside `task_losses`."
-                )
-        dtype = _at_least_float32(loss_dtype)
+        dtype = at_least_float32(loss_dtype)
         _check_state(state, specification(num_tasks, dtype), num_tasks)
+        for needed in (*reads, *required):
+            if extra.get(needed) is None:
+                raise missing(needed, name)
+        refuse(extra, name, reads)
         losses = jnp.asarray(losses, dtype)
         if mask is not None:
-            mask = _check_mask(mask, num_tasks)
+            mask = check_mask(mask, num_tasks)
+            if "mask" not in names and not takes_all:
+                raise TypeError(f"{name} takes no mask: give its update the keyword `mask`.")
+        lagged = [read for read in reads if ABOUT_LOSSES[read].lagged]
+        current = [read for read in reads if read not in lagged]
+        mask, given = _read(current, extra, mask, num_tasks, dtype)
+        if lagged:
+            told = getattr(state, "present", mask)
+            taught, of_last_step = _read(lagged, extra, told, num_tasks, dtype)
+            if hasattr(state, "step"):
+                taught &= state.step > 0
+            given |= {**of_last_step, "taught": taught}
+        if mask is not None:
             # The inner `where` keeps an absent task's NaN out of the method's derivatives too.
             losses = jnp.where(mask, losses, 1.0)
-        balanced, new_state = update(losses, state, mask=mask, **extra)
+        keywords = {**extra, **given, "mask": mask}
+        if not takes_all:
+            keywords = {keyword: keywords[keyword] for keyword in keywords if keyword in names}
+        balanced, new_state = update(losses, state, **keywords)
         if mask is not None:
             balanced = jnp.where(mask, balanced, 0.0)
             if keeps_absent:
@@ -116,14 +230,89 @@ def loss_transformation(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def name_of(function: Callable) -> str:
+    """Returns the name of the public function that a closure belongs to."""
+    return function.__qualname__.split(".")[0]
+
+
+def missing(argument: str, method: str) -> MissingArgument:
+    """Returns the error by which a method asks for an extra argument."""
+    about = ABOUT_LOSSES.get(argument)
+    supply = about.supply if about else f"pass it to update as `{argument}=`."
+    return MissingArgument(argument, method, supply)
+
+
+def refuse(extra: dict[str, Any], method: str, reads: tuple[str, ...] = ()) -> None:
+    """Raises TypeError for what speaks of the losses and is not among ``reads``."""
+    for name, value in extra.items():
+        if value is not None and name in ABOUT_LOSSES and name not in reads:
+            raise TypeError(
+                f"`{name}` speaks of the losses as the model returns them, but {method}, a link "
+                "in the same chain, changes the losses and does not read it. Join the links with "
+                f"bilb.chain instead of optax.chain: it translates `{name}` for the link behind."
+            )
+
+
+def _read(
+    names: list[str], extra: dict[str, Any], mask: Array | None, num_tasks: int, dtype: np.dtype
+) -> tuple[Array | None, dict[str, Any]]:
+    """Returns the tasks that are present with finite entries, and the arguments without others."""
+    arrays = [name for name in names if ABOUT_LOSSES[name].axes]
+    values = {name: jax.lax.stop_gradient(jnp.asarray(extra[name], dtype)) for name in arrays}
+    for name, value in values.items():
+        about = ABOUT_LOSSES[name]
+        expected = (num_tasks,) * about.axes
+        if (value.shape if about.exact else value.shape[: about.axes]) != expected:
+            raise ValueError(f"{name} must have shape {expected}; got {value.shape}.")
+        finite = finite_rows(value, about.axes)
+        mask = finite if mask is None else mask & finite
+    given = {name: _without_absent(value, mask, name) for name, value in values.items()}
+    if "slope_fn" in names:
+        given["slope_fn"] = _of_present(extra["slope_fn"], mask, num_tasks, dtype)
+    return mask, given
+
+
+def finite_rows(value: Array, axes: int) -> Array:
+    """Returns (K,) bool: the tasks whose entries are finite.
+
+    One task that is not finite spoils its own row and column of a Gram matrix; the other rows
+    count with what is left.
+    """
+    if axes == 2:
+        usable = jnp.isfinite(jnp.diagonal(value))
+        return usable & ~jnp.any(~jnp.isfinite(value) & usable, axis=1)
+    return jnp.isfinite(value).reshape(value.shape[0], -1).all(1)
+
+
+def _without_absent(value, mask, name):
+    if ABOUT_LOSSES[name].axes == 2:
+        return jnp.where(mask[:, None] & mask, value, 0.0)
+    rows = mask.reshape(-1, *(1,) * (value.ndim - 1))
+    # A loss of 1 stands for an absent one, as in `losses`.
+    return jnp.where(rows, value, 1.0 if name == "losses_after" else 0.0)
+
+
+def _of_present(slope_fn, mask, num_tasks, dtype):
+    """Returns a ``slope_fn`` that neither asks for nor tells of absent tasks."""
+    keep = lambda values: values if mask is None else jnp.where(mask, values, 0.0)
+
+    def of_present(weights):
+        slopes = jnp.asarray(slope_fn(keep(weights)), dtype)
+        if slopes.shape != (num_tasks,):
+            raise ValueError(f"slope_fn must return shape ({num_tasks},); got {slopes.shape}.")
+        return keep(jax.lax.stop_gradient(slopes))
+
+    return of_present
+
+
 def keep_absent(
     mask: Array, new: PyTree, old: PyTree, specification: Callable[[int], PyTree]
 ) -> PyTree:
     """Returns ``new`` with the entries of absent tasks as they were in ``old``.
 
-    An axis belongs to the tasks if it changes with K. A state that cannot be initialised for
-    another K (it holds constants per task) tells nothing that way; there, an axis of length K
-    counts.
+    An axis belongs to the tasks if it changes with K; an entry is a present task's if it is so
+    along all such axes. A state that cannot be initialised for another K (it holds constants per
+    task) tells nothing that way; there, an axis of length K counts.
 
     Args:
         mask: (K,) bool, the tasks that are present.
@@ -134,12 +323,12 @@ def keep_absent(
     num_tasks = mask.shape[0]
 
     def keep(leaf, other, new, old):
-        axes = [a for a, (n, m) in enumerate(zip(leaf.shape, other.shape)) if n != m]
-        if not axes:
-            return new
-        shape = [1] * old.ndim
-        shape[axes[0]] = num_tasks
-        return jnp.where(mask.reshape(shape), new, old)
+        for axis, (n, m) in enumerate(zip(leaf.shape, other.shape)):
+            if n != m:
+                shape = [1] * old.ndim
+                shape[axis] = num_tasks
+                new = jnp.where(mask.reshape(shape), new, old)
+        return new
 
     leaves = specification(num_tasks)
     grown = lambda leaf: tuple(n + (n == num_tasks) for n in leaf.shape)
@@ -152,6 +341,93 @@ def keep_absent(
         except (ValueError, TypeError, ZeroDivisionError):
             continue
     return jax.tree.map(keep, leaves, other, new, old)
+
+
+def learn_where(
+    taught: Array, new: PyTree, old: PyTree, specification: Callable[[int], PyTree]
+) -> PyTree:
+    """Returns ``new`` for the tasks that were taught, and all of ``old`` where none was.
+
+    Args:
+        taught: (K,) bool.
+        new: any pytree of arrays.
+        old: the same pytree, before.
+        specification: as in :func:`keep_absent`.
+    """
+    new = keep_absent(taught, new, old, specification)
+    return jax.tree.map(lambda n, o: jnp.where(taught.any(), n, o).astype(o.dtype), new, old)
+
+
+def supply_missing(
+    function: Callable[[dict[str, Any]], Any],
+    given: dict[str, Any],
+    supply: dict[str, Callable[[], Any]],
+) -> tuple[Any, dict[str, Any]]:
+    """Calls ``function(given)``, adding what it says is missing; returns what it had in the end."""
+    while True:
+        try:
+            return function(given), given
+        except MissingArgument as error:
+            if error.argument not in supply or error.argument in given:
+                raise
+            given = {**given, error.argument: supply[error.argument]()}
+
+
+def asked(
+    balancer: optax.GradientTransformationExtraArgs, state: PyTree, losses: Any, **extra: Any
+) -> set[str]:
+    """Returns which arguments about losses of this shape a balancer asks for, by tracing it."""
+    zeros = lambda: jnp.zeros(losses.shape, at_least_float32(losses.dtype))
+    gram = lambda: jnp.zeros(2 * losses.shape, zeros().dtype)
+    supply = {
+        "slopes": zeros,
+        "losses_after": zeros,
+        "gradient_norms": zeros,
+        "slope_fn": lambda: jnp.zeros_like,
+        "gram": gram,
+        "gram_fn": lambda: gram,
+    }
+    names = set()
+    noting = {name: lambda name=name: names.add(name) or supply[name]() for name in supply}
+
+    def trace(given):
+        update = lambda losses, state: balancer.update(losses, state, **given)
+        return jax.eval_shape(update, jax.ShapeDtypeStruct(losses.shape, losses.dtype), state)
+
+    # What is not known here, features or a mapped axis, ends the search; nothing is carried there.
+    with contextlib.suppress(MissingArgument, UnboundAxis):
+        supply_missing(trace, extra, noting)
+    return names
+
+
+def as_link(balancer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Returns a balancer that takes any extra arguments and asks for those it requires.
+
+    A hand-written ``update(losses, state, params=None, *, slopes, **extra)`` raises
+    :class:`MissingArgument` for its keyword-only arguments without default, as a method made by
+    :func:`loss_transformation` does.
+    """
+    if not isinstance(balancer, optax.GradientTransformation):
+        raise TypeError(
+            "a balancer is an optax.GradientTransformation of the losses, such as "
+            f"bilb.bilb4mtl(); got {balancer!r}."
+        )
+    balancer = optax.with_extra_args_support(balancer)
+    required = [
+        p.name
+        for p in inspect.signature(balancer.update).parameters.values()
+        if p.kind is p.KEYWORD_ONLY and p.default is p.empty
+    ]
+    if not required:
+        return balancer
+
+    def update_fn(losses, state, params=None, **extra):
+        for name in required:
+            if extra.get(name) is None:
+                raise missing(name, name_of(balancer.update))
+        return balancer.update(losses, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(balancer.init, update_fn)
 
 
 def check_losses(losses: Any) -> tuple[int, np.dtype]:
@@ -200,20 +476,6 @@ def check_per_task(name: str, value: Any, num_tasks: int) -> Array:
             f"shape {value.shape}."
         )
     return jnp.broadcast_to(value, (num_tasks,))
-
-
-def check_per_step(name: str, value: Any, losses: Array, method: str) -> Array:
-    """Returns what a method learns from about the step just taken, (K,) in the losses' dtype."""
-    if value is None:
-        raise MissingArgument(
-            name,
-            method,
-            f"shape {losses.shape}, about the step that the previous call produced, zeros at the "
-            "first call; bilb.value_and_grad supplies it.",
-        )
-    if jnp.shape(value) != losses.shape:
-        raise ValueError(f"{name} must have shape {losses.shape}; got {jnp.shape(value)}.")
-    return jax.lax.stop_gradient(jnp.asarray(value, losses.dtype))
 
 
 def present(losses: Array, mask: Array | None) -> Array:
@@ -297,11 +559,13 @@ def new_step() -> Array:
     return jnp.zeros((), jnp.int32)
 
 
-def _at_least_float32(dtype: np.dtype) -> np.dtype:
+def at_least_float32(dtype: np.dtype) -> np.dtype:
+    """Returns the dtype in which losses of this dtype are weighed and their statistics kept."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def _check_mask(mask: Any, num_tasks: int) -> Array:
+def check_mask(mask: Any, num_tasks: int) -> Array:
+    """Returns a mask as (K,) bool, or says what is wrong with it."""
     mask = jnp.asarray(mask)
     if mask.shape != (num_tasks,) or mask.dtype != jnp.bool_:
         raise ValueError(
@@ -331,33 +595,3 @@ def _like(new: Any, old: Any) -> Array:
     """Casts to the dtype that ``init`` chose, so that scans and second calls do not retrace."""
     new = jnp.asarray(new)
     return new if jnp.issubdtype(new.dtype, jax.dtypes.prng_key) else new.astype(old.dtype)
-
-
-def check_task_gradients(task_gradients: PyTree, params: PyTree | None, num_tasks: int) -> None:
-    """Checks that every leaf is a parameter's gradient with a leading task axis."""
-    shapes = jax.tree.map(jnp.shape, task_gradients)
-    if params is not None:
-        expected = jax.tree.map(lambda p: (num_tasks, *jnp.shape(p)), params)
-        wrong = shapes != expected
-    else:
-        expected = f"({num_tasks}, ...)"
-        wrong = any(jnp.shape(g)[:1] != (num_tasks,) for g in jax.tree.leaves(task_gradients))
-    if wrong:
-        raise ValueError(
-            "task gradients are shaped like params with one more axis in front: the leading axis "
-            f"must be the number of tasks, {num_tasks}. Expected {expected}, got {shapes}."
-        )
-
-
-def combine(weights: Array, task_gradients: PyTree) -> PyTree:
-    """Returns ``Jᵀ w``: sums leaves (K, *shape) over tasks with (K,) weights, dtypes kept.
-
-    A row with weight zero is left out, whatever it holds (0 times NaN would be NaN).
-    """
-
-    def leaf(gradients):
-        w = weights.reshape((-1,) + (1,) * (gradients.ndim - 1))
-        rows = jnp.where(w == 0, 0, gradients)
-        return jnp.sum(w * rows, axis=0).astype(gradients.dtype)
-
-    return jax.tree.map(leaf, task_gradients)

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from bilb import base
+
+
+class Linearization(NamedTuple):
+    """The losses at some parameters, and both directions of their Jacobian J (K, P).
+
+    Attributes:
+        losses: (K,).
+        pullback: ``w (K,) -> Jᵀ w``, shaped like the parameters.
+        pushforward: ``direction -> J direction`` (K,), of a direction shaped like the parameters.
+    """
+
+    losses: jax.Array
+    pullback: Callable[[jax.Array], base.PyTree]
+    pushforward: Callable[[base.PyTree], jax.Array]
 
 
 def linearize(
@@ -33,6 +48,7 @@ def linearize(
         ``(losses, pullback, pushforward)``, or ``((losses, aux), pullback, pushforward)``:
         ``pullback(w (K,))`` is ``Jᵀ w``, shaped like ``params``; ``pushforward(direction)`` is
         ``J direction`` (K,), the slopes of all losses along a direction shaped like ``params``.
+        Slopes of losses in half precision are float32.
 
     Raises:
         ValueError: if the losses are not one vector (K,).
@@ -66,16 +82,109 @@ def linearize_with_features(
     """
     values, vjp, aux = jax.vjp(outputs, params, has_aux=True)
     base.check_losses(values[0])
+    half = values[0].dtype.itemsize < 4
 
     def pullback(cotangents):
-        cast = jax.tree.map(lambda c, v: c.astype(v.dtype), cotangents, values)
-        return vjp(cast)[0]
+        cast = lambda cotangents: jax.tree.map(lambda c, v: c.astype(v.dtype), cotangents, values)
+        apply = lambda cotangents: vjp(cast(cotangents))[0]
+        return _of_unit_size(apply, cotangents) if half else apply(cotangents)
 
     def pushforward(direction):
-        cast = jax.tree.map(lambda d, p: jnp.asarray(d, jnp.result_type(p)), direction, params)
-        return jax.linear_transpose(lambda c: vjp(c)[0], values)(cast)[0]
+        cast = lambda d, p: jnp.asarray(d, jnp.result_type(p))
+        transposed = jax.linear_transpose(lambda c: vjp(c)[0], values)
+        apply = lambda direction: transposed(jax.tree.map(cast, direction, params))[0]
+        if not half:
+            return apply(direction)
+        wide = lambda direction: jax.tree.map(lambda s: s.astype(jnp.float32), apply(direction))
+        return _of_unit_size(wide, direction)
 
     return values, aux, pullback, pushforward
+
+
+def task_gradients(
+    task_losses: Callable[..., jax.Array],
+    params: base.PyTree,
+    *args: Any,
+    chunk_size: int | None = None,
+) -> tuple[jax.Array, base.PyTree]:
+    """Returns the losses and the gradient of each of them, stacked.
+
+    Args:
+        task_losses: ``task_losses(params, *args) -> losses (K,)``.
+        params: pytree of floating point arrays.
+        *args: passed on: the batch.
+        chunk_size: how many backward passes run at once; all if None. The memory that they need
+            beside the result grows with it; static.
+
+    Returns:
+        ``(losses (K,), task_gradients)``, the latter shaped like ``params`` with one more axis of
+        length K in front of every leaf.
+
+    Raises:
+        ValueError: if the losses are not one vector (K,), or for a ``chunk_size`` below 1.
+
+    Example:
+        >>> import jax.numpy as jnp, bilb
+        >>> task_losses = lambda x: jnp.stack([jnp.sum(x**2), x[0]])
+        >>> losses, gradients = bilb.task_gradients(task_losses, jnp.array([1.0, 2.0]))
+        >>> print(losses, gradients)
+        [5. 1.] [[2. 4.]
+         [1. 0.]]
+    """
+    base.check_number("chunk_size", chunk_size, minimum=1)
+    losses, pullback, _ = linearize(task_losses, params, *args)
+    return losses, rows(pullback, losses, chunk_size or losses.shape[0])
+
+
+def rows(
+    pullback: Callable[[jax.Array], base.PyTree], losses: jax.Array, chunk_size: int
+) -> base.PyTree:
+    """Returns the rows of the Jacobian, leaves (K, *shape), ``chunk_size`` of them at once."""
+    one_hots = jnp.eye(losses.shape[0], dtype=base.at_least_float32(losses.dtype))
+    if chunk_size >= losses.shape[0]:
+        return jax.vmap(pullback)(one_hots)
+    return jax.lax.map(pullback, one_hots, batch_size=chunk_size)
+
+
+def _of_unit_size(linear, argument):
+    """Evaluates a linear map at a multiple of the argument that half precision can hold."""
+    wide = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), argument)
+    size = optax.tree.norm(wide)
+    size = jnp.where(size > 0, size, 1.0)
+    result = linear(jax.tree.map(lambda a: a / size, wide))
+    return jax.tree.map(lambda r: (r * size).astype(r.dtype), result)
+
+
+def check_task_gradients(
+    task_gradients: base.PyTree, params: base.PyTree | None, num_tasks: int
+) -> None:
+    """Checks that every leaf is a parameter's gradient with a leading task axis."""
+    shapes = jax.tree.map(jnp.shape, task_gradients)
+    if params is not None:
+        expected = jax.tree.map(lambda p: (num_tasks, *jnp.shape(p)), params)
+        wrong = shapes != expected
+    else:
+        expected = f"({num_tasks}, ...)"
+        wrong = any(jnp.shape(g)[:1] != (num_tasks,) for g in jax.tree.leaves(task_gradients))
+    if wrong:
+        raise ValueError(
+            "task gradients are shaped like params with one more axis in front: the leading axis "
+            f"must be the number of tasks, {num_tasks}. Expected {expected}, got {shapes}."
+        )
+
+
+def combine(weights: jax.Array, task_gradients: base.PyTree) -> base.PyTree:
+    """Returns ``Jᵀ w``: sums leaves (K, *shape) over tasks with (K,) weights, dtypes kept.
+
+    A row with weight zero is left out, whatever it holds (0 times NaN would be NaN).
+    """
+
+    def leaf(gradients):
+        w = weights.reshape((-1,) + (1,) * (gradients.ndim - 1))
+        rows = jnp.where(w == 0, 0, gradients)
+        return jnp.sum(w * rows, axis=0).astype(gradients.dtype)
+
+    return jax.tree.map(leaf, task_gradients)
 
 
 def _separate(returned, has_aux):

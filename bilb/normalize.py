@@ -1,6 +1,6 @@
 """Losses to losses: normalisations and guards, links to put in front of a method.
 
-``optax.chain(bilb.log_losses(), bilb.bilb4mtl())`` means "bilb4mtl of the logarithms". Every link
+``bilb.chain(bilb.log_losses(), bilb.bilb4mtl())`` means "bilb4mtl of the logarithms". Every link
 preserves shape and dtype, computes in float32 at least, and returns 0 for masked tasks.
 
 A non-finite loss passes through the links of this file to its own entry only, and never enters a
@@ -16,9 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from bilb import base
-
-#: Extra arguments that belong to the losses as the model returns them.
-_OF_RAW_LOSSES = ("slopes", "losses_after", "slope_fn", "gradient_norms")
+from bilb.chain import Collective
 
 
 class InitialLossState(NamedTuple):
@@ -65,7 +63,7 @@ def scale_by(scales: jax.Array | float) -> optax.GradientTransformationExtraArgs
     def update(losses, state, **_):
         return losses / base.check_per_task("scales", scales, losses.shape[0]), state
 
-    return base.loss_transformation(init, update, rejects=_OF_RAW_LOSSES)
+    return base.loss_transformation(init, update)
 
 
 def scale_by_initial_loss() -> optax.GradientTransformationExtraArgs:
@@ -93,12 +91,12 @@ def scale_by_initial_loss() -> optax.GradientTransformationExtraArgs:
         arXiv 2502.08585, "initial loss normalisation".
     """
 
-    def update(losses, state, *, mask, **_):
-        initial = _take_initial(losses, state.initial_losses, mask)
+    def update(losses, state, *, mask, statistics_of=None, **_):
+        initial = _take_initial(losses, state.initial_losses, mask, statistics_of)
         scale = jnp.where(initial == 0, 1.0, jnp.abs(initial))
         return losses / scale, InitialLossState(initial)
 
-    return base.loss_transformation(_init_initial, update, rejects=_OF_RAW_LOSSES)
+    return base.loss_transformation(_init_initial, update)
 
 
 def scale_by_initial_ratio() -> optax.GradientTransformationExtraArgs:
@@ -123,14 +121,14 @@ def scale_by_initial_ratio() -> optax.GradientTransformationExtraArgs:
         Xiao et al., arXiv 2502.08585, NYU-v2 experiment of the official code.
     """
 
-    def update(losses, state, *, mask, **_):
-        initial = _take_initial(losses, state.initial_losses, mask)
+    def update(losses, state, *, mask, statistics_of=None, **_):
+        initial = _take_initial(losses, state.initial_losses, mask, statistics_of)
         magnitude = jnp.abs(initial)
         smallest = jnp.min(magnitude, where=initial != 0, initial=jnp.inf)
         ratio = jnp.where(initial == 0, 1.0, magnitude / smallest)
         return losses / ratio, InitialLossState(initial)
 
-    return base.loss_transformation(_init_initial, update, rejects=_OF_RAW_LOSSES)
+    return base.loss_transformation(_init_initial, update)
 
 
 def log_losses(floor: float | jax.Array = 1e-8) -> optax.GradientTransformationExtraArgs:
@@ -166,7 +164,7 @@ def log_losses(floor: float | jax.Array = 1e-8) -> optax.GradientTransformationE
     def update(losses, state, **_):
         return jnp.log(base.at_least(losses, floor)), state
 
-    return base.loss_transformation(init, update, rejects=_OF_RAW_LOSSES)
+    return base.loss_transformation(init, update)
 
 
 def log_scale_by_initial_loss(
@@ -212,18 +210,19 @@ def log_scale_by_initial_loss(
             base.new_step(), jnp.full(num_tasks, -1, jnp.int32), jnp.ones(num_tasks, dtype)
         )
 
-    def update(losses, state, *, mask, **_):
+    def update(losses, state, *, mask, statistics_of=None, **_):
         floored = base.at_least(losses, floor)
+        taken_from = floored if statistics_of is None else base.at_least(statistics_of, floor)
         stale = state.taken < 0
         if every is not None:
             stale |= state.taken // every < state.step // every
-        take = stale & base.usable(floored, mask)
-        initial = jnp.where(take, jax.lax.stop_gradient(floored), state.initial_losses)
+        take = stale & base.usable(taken_from, mask)
+        initial = jnp.where(take, jax.lax.stop_gradient(taken_from), state.initial_losses)
         taken = jnp.where(take, state.step, state.taken)
         step = optax.safe_increment(state.step)
         return jnp.log(floored / initial), LogScaleByInitialLossState(step, taken, initial)
 
-    return base.loss_transformation(init, update, rejects=_OF_RAW_LOSSES)
+    return base.loss_transformation(init, update)
 
 
 def pmean_losses(axis_name: str | tuple[str, ...]) -> optax.GradientTransformationExtraArgs:
@@ -232,10 +231,15 @@ def pmean_losses(axis_name: str | tuple[str, ...]) -> optax.GradientTransformati
     Needed where each device computes the losses of its own shard by hand, in ``jax.shard_map`` or
     ``jax.pmap``: without it every device would get its own weights. Under ``jit`` with sharded
     arrays the losses are global already and this link is not used. Costs one all-reduce of K
-    numbers. A mask must be the same on all devices. Methods that read slopes need the mean inside
-    ``task_losses`` instead, so that the slopes are averaged as well. The gradients still need a
-    mean over the devices of their own, which ``jax.shard_map`` takes by itself only with
-    ``check_vma=True``.
+    numbers. A task is averaged over the devices on which it is present and, inside
+    :func:`skip_nonfinite`, its loss is finite; the links behind it in a :func:`bilb.chain` take a
+    task that is present on any device for present, so that all devices keep the same state. (Under
+    ``optax.chain`` the mask must be the same on all devices.)
+
+    Methods that read slopes or gradients need the mean inside ``task_losses`` instead, so that the
+    model's derivatives are averaged as well, and :func:`bilb.value_and_grad` must be told of the
+    axis where ``jax.shard_map`` does not average gradients itself (``check_vma=False``), or
+    ``jax.pmap`` is used: ``axis_name=``.
 
     Args:
         axis_name: name of the mapped axis, or a tuple of names.
@@ -252,14 +256,28 @@ def pmean_losses(axis_name: str | tuple[str, ...]) -> optax.GradientTransformati
          [2. 2.]]
     """
 
-    def init(num_tasks, dtype):
-        del num_tasks, dtype
+    def init_fn(losses):
+        base.check_losses(losses)
         return optax.EmptyState()
 
-    def update(losses, state, **_):
-        return jax.lax.pmean(losses, axis_name), state
+    def update_fn(losses, /, state, params=None, *, mask=None, **extra):
+        del params
+        num_tasks, dtype = base.check_losses(losses)
+        base.refuse(extra, "pmean_losses")
+        losses = jnp.asarray(losses, base.at_least_float32(dtype))
+        present = base.present(losses, None if mask is None else base.check_mask(mask, num_tasks))
+        try:
+            total, count = jax.lax.psum((jnp.where(present, losses, 0.0), present * 1), axis_name)
+        except NameError as error:
+            raise base.UnboundAxis(
+                f"pmean_losses({axis_name!r}) averages over a mapped axis: call it inside "
+                f"jax.shard_map or jax.pmap with that axis ({error})."
+            ) from error
+        return (total / jnp.maximum(count, 1)).astype(dtype), state
 
-    return base.loss_transformation(init, update, rejects=_OF_RAW_LOSSES)
+    link = Collective(init_fn, update_fn)
+    link.axis_name = axis_name
+    return link
 
 
 def skip_nonfinite(
@@ -286,25 +304,33 @@ def skip_nonfinite(
         >>> print(balanced)
         [1. 0. 3.]
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = base.as_link(inner)
 
-    def init(num_tasks, dtype):
-        return inner.init(jax.ShapeDtypeStruct((num_tasks,), dtype))
+    def init_fn(losses):
+        num_tasks, dtype = base.check_losses(losses)
+        return inner.init(jnp.zeros(num_tasks, dtype))
 
-    def update(losses, state, *, mask, **extra):
+    def update_fn(losses, /, state, params=None, *, mask=None, **extra):
+        num_tasks, _ = base.check_losses(losses)
+        losses = jnp.asarray(losses)
+        mask = None if mask is None else base.check_mask(mask, num_tasks)
         present = base.usable(losses, mask)
-        balanced, state = inner.update(
-            jnp.where(present, losses, 1.0), state, mask=present, **extra
-        )
-        return jnp.where(present, balanced, 0.0), state
+        finite = jnp.where(present, losses, 1.0).astype(losses.dtype)
+        balanced, state = inner.update(finite, state, params, mask=present, **extra)
+        if any(isinstance(link, Collective) for link in getattr(inner, "links", ())):
+            # What is absent here may be present on another device.
+            return balanced, state
+        return jnp.where(present, balanced, 0.0).astype(balanced.dtype), state
 
-    return base.loss_transformation(init, update, keeps_absent=False)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _init_initial(num_tasks, dtype):
     return InitialLossState(jnp.zeros(num_tasks, dtype))
 
 
-def _take_initial(losses, initial, mask):
+def _take_initial(losses, initial, mask, statistics_of):
+    """Takes the losses where none were taken yet, or those whose statistics are asked for."""
+    losses = losses if statistics_of is None else statistics_of
     take = (initial == 0) & base.usable(losses, mask)
     return jnp.where(take, jax.lax.stop_gradient(losses), initial)

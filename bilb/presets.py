@@ -13,6 +13,7 @@ import optax
 from bilb import base, normalize
 from bilb.bilevel import routers
 from bilb.bilevel.bilb4mtl import bilb4mtl
+from bilb.chain import chain
 
 
 def bilb4mtl_cityscapes(
@@ -73,7 +74,7 @@ def bilb4mtl_nyuv2(
     References:
         Xiao et al., arXiv 2502.08585, NYU-v2, 3 tasks.
     """
-    return optax.chain(
+    return chain(
         normalize.scale_by_initial_ratio(),
         bilb4mtl(
             penalty,
@@ -137,7 +138,7 @@ def bilb4mtl_qm9(
     References:
         Xiao et al., arXiv 2502.08585, QM9, 11 tasks.
     """
-    return optax.chain(
+    return chain(
         normalize.log_scale_by_initial_loss(every),
         bilb4mtl(
             penalty,

@@ -12,7 +12,7 @@ mini-batch gradient. On an independent batch they are unbiased (``slope_args=`` 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,24 +21,12 @@ import optax
 from bilb import base, jacobian
 
 
-class Linearization(NamedTuple):
-    """What is known of the losses at ``params`` already, to be shared rather than computed again.
-
-    Attributes:
-        losses: (K,).
-        pushforward: ``direction -> J direction`` (K,).
-    """
-
-    losses: jax.Array
-    pushforward: Callable[[base.PyTree], jax.Array]
-
-
 def forward(
     task_losses: Callable[..., jax.Array],
     params: base.PyTree,
     direction: base.PyTree,
     *args: Any,
-    at: Linearization | None = None,
+    at: jacobian.Linearization | None = None,
 ) -> jax.Array:
     """Exact slopes, by the transpose of one linearisation.
 
@@ -61,8 +49,7 @@ def forward(
         [2. 1.]
     """
     if at is None:
-        losses, _, pushforward = jacobian.linearize(task_losses, params, *args)
-        at = Linearization(losses, pushforward)
+        at = jacobian.Linearization(*jacobian.linearize(task_losses, params, *args))
     return at.pushforward(direction)
 
 
@@ -84,6 +71,7 @@ def finite_difference(
 
     Raises:
         ValueError: for a concrete displacement that is not positive.
+        TypeError: for losses in half precision, whose change over a small step rounds to zero.
 
     Example:
         >>> import jax.numpy as jnp, bilb
@@ -97,6 +85,11 @@ def finite_difference(
 
     def slopes(task_losses, params, direction, *args, at=None):
         losses = task_losses(params, *args) if at is None else at.losses
+        if losses.dtype.itemsize < 4:
+            raise TypeError(
+                f"finite differences of {losses.dtype} losses round to zero: use "
+                "bilb.slopes.forward, or return the losses in float32."
+            )
         if displacement is None:
             h = 3e-4 * (1.0 + optax.tree.norm(params))
         else:

@@ -7,20 +7,25 @@ gradients that were computed anyway.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import optax
 
 from bilb import base, jacobian
+from bilb import grams as gram_engines
 from bilb import slopes as slope_functions
 
 
 class ValueAndGradState(NamedTuple):
     """State of :func:`value_and_grad`."""
 
+    step: jax.Array  # () int32
+    effective_weights: jax.Array  # (K,) ∂Φ/∂l of the call, whatever the balancer holds; 0 at first
     balancer: optax.OptState
     slopes: jax.Array | None  # (K,) of the step just taken, None where the method reads none
     losses_after: jax.Array | None  # (K,) after the step just taken, None likewise
@@ -33,12 +38,20 @@ def value_and_grad(
     features: Callable[[Any], base.PyTree] | None = None,
     slopes: Callable[..., jax.Array] = slope_functions.forward,
     shared: base.PyTree = True,
+    gram: gram_engines.Engine | None = None,
+    axis_name: Any = None,
 ) -> ValueAndGrad:
     """``jax.value_and_grad`` for a stacked loss vector, weighed by a loss transformation.
 
     Runs the passes that the method needs and no more: one forward and one backward pass, whatever K
-    is, for a method that reads losses; one forward pass more for slopes or ``losses_after``; K
-    backward passes for the norms of the task gradients. It finds out by tracing the balancer.
+    is, for a method that reads losses; one forward pass more for slopes or ``losses_after``; for
+    the Gram matrix or the norms of the task gradients what ``gram`` says, K backward passes at
+    least. It finds out by tracing the balancer.
+
+    A loss of an absent task may be anything, but its derivative enters the backward pass with
+    weight 0, and 0 · NaN is NaN: where labels are missing, replace them *before* the model's loss
+    sees them, ``jnp.where(missing, 0.0, labels)``, as well as in the loss itself. Nothing can
+    repair such a gradient afterwards.
 
     Args:
         task_losses: ``task_losses(params, *args) -> losses (K,)``, or ``(losses, aux)``.
@@ -51,7 +64,14 @@ def value_and_grad(
             ``bilb.slopes.finite_difference(...)``. A model with dropout must get its key in
             ``*args``, so that both passes see the same one.
         shared: bools in a pytree prefix of ``params``, True for the parameters that tasks share.
-            Slopes are taken along, and gradient norms over, the shared ones only.
+            Slopes are taken along, and Gram matrices and norms over, the shared ones only.
+        gram: how Gram matrices and gradient norms are taken, from ``bilb.grams``; ``exact()`` if
+            None.
+        axis_name: a mapped axis, or a tuple of them, over which gradients are averaged before
+            anything is learnt from them. Needed under ``jax.pmap`` and
+            ``jax.shard_map(check_vma=False)``, with the mean over devices inside ``task_losses``:
+            there the gradient of each device is its own, and slopes along it would be slopes of
+            another step than the one taken. Not needed under ``jit`` or with ``check_vma=True``.
 
     Returns:
         A callable with ``state = value_and_grad.init(params, *args)`` and
@@ -69,18 +89,19 @@ def value_and_grad(
     Example:
         >>> import jax, jax.numpy as jnp, optax, bilb
         >>> task_losses = lambda x: jnp.stack([jnp.sum((x - 1) ** 2), 10 * jnp.sum((x + 1) ** 2)])
-        >>> balancer = optax.chain(bilb.log_losses(), bilb.bilb4mtl())
+        >>> balancer = bilb.chain(bilb.log_losses(), bilb.bilb4mtl())
         >>> value_and_grad = bilb.value_and_grad(task_losses, balancer)
         >>> params = jnp.zeros(3)
         >>> state = value_and_grad.init(params)
         >>> losses, grads, state = jax.jit(value_and_grad)(params, state)
-        >>> print(losses, grads.shape)
-        [ 3. 30.] (3,)
+        >>> print(losses, grads.shape, state.effective_weights.shape)
+        [ 3. 30.] (3,) (2,)
     """
     if features is not None and not has_aux:
         raise ValueError("features= reads the auxiliary output: give has_aux=True as well.")
-    balancer = optax.with_extra_args_support(balancer)
-    return ValueAndGrad(task_losses, balancer, has_aux, features, slopes, shared)
+    gram = gram_engines.exact() if gram is None else gram
+    balancer = base.as_link(balancer)
+    return ValueAndGrad(task_losses, balancer, has_aux, features, slopes, shared, gram, axis_name)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,29 +114,25 @@ class ValueAndGrad:
     features: Callable[[Any], base.PyTree] | None
     slopes: Callable[..., jax.Array]
     shared: base.PyTree
+    gram: gram_engines.Engine
+    axis_name: Any
 
     def init(self, params: base.PyTree, *args: Any, **extra: Any) -> ValueAndGradState:
         """Returns the first state, from the shapes of the losses alone."""
-        (losses, features), _ = jax.eval_shape(self._outputs, params, *args)
-        balancer = self.balancer.init(losses)
-        zeros = lambda: jnp.zeros(losses.shape, losses.dtype)
-        stand_in = {
-            "slopes": zeros,
-            "losses_after": zeros,
-            "slope_fn": lambda: jnp.zeros_like,
-            "gradient_norms": zeros,
-        }
-
-        def trace(given):
-            weigh = lambda losses, features: self._objective(losses, features, balancer, given)
-            return jax.eval_shape(weigh, losses, features)
-
-        try:
-            _, given = _supplied(trace, extra, stand_in)
-        except NameError:
-            # Outside its mapped axis `pmean_losses` cannot be traced; it goes with no slopes.
-            given = {}
-        return ValueAndGradState(balancer, given.get("slopes"), given.get("losses_after"))
+        (losses, features), _ = self._shapes(params, *args)
+        num_tasks, dtype = base.check_losses(losses)
+        zeros = lambda: jnp.zeros(num_tasks, base.at_least_float32(dtype))
+        balancer = self.balancer.init(zeros())
+        if self.features is not None:
+            extra["features"] = features
+        asked = base.asked(self.balancer, balancer, losses, **extra)
+        return ValueAndGradState(
+            step=base.new_step(),
+            effective_weights=zeros(),
+            balancer=balancer,
+            slopes=zeros() if "slopes" in asked else None,
+            losses_after=zeros() if "losses_after" in asked else None,
+        )
 
     def __call__(
         self,
@@ -129,50 +146,86 @@ class ValueAndGrad:
         (losses, features), aux, pullback, pushforward = jacobian.linearize_with_features(
             lambda p: self._outputs(p, *args), params
         )
+        # Weights are made in float32 at least, whatever the model computes in.
+        constants = losses.astype(base.at_least_float32(losses.dtype))
         no_features = jax.tree.map(jnp.zeros_like, features)
-        gradient_of = lambda weights: pullback((weights, no_features))
+        gradient_of = lambda weights: self._mean(pullback((weights, no_features)))
+        here = jacobian.Linearization(
+            losses,
+            pullback=lambda weights: self._shared(gradient_of(weights)),
+            pushforward=lambda direction: pushforward(self._shared(direction))[0],
+        )
+        rows = functools.cache(lambda: self.gram.rows(gradient_of, losses))
+        of_rows = isinstance(self.gram, gram_engines.Stacked)
 
         def slopes_along(direction):
-            at = None
-            if slope_args is None:
-                at = slope_functions.Linearization(losses, lambda d: pushforward(d)[0])
-            batch = args if slope_args is None else slope_args
+            batch, at = (args, here) if slope_args is None else (slope_args, None)
             return self.slopes(self._losses, params, self._shared(direction), *batch, at=at)
 
-        def gradient_norms():
-            norm = lambda one_hot: optax.tree.norm(self._shared(gradient_of(one_hot)))
-            return jax.lax.map(norm, jnp.eye(losses.shape[0], dtype=losses.dtype))
+        @functools.cache
+        def gram():
+            if of_rows:
+                return gram_engines.of_rows(self._shared(rows()))
+            return self.gram.of(here, params, state.step)
+
+        def norms():
+            if of_rows:
+                return jnp.sqrt(jnp.diagonal(gram()))
+            return self.gram.norms(here, params, state.step)
+
+        def weigh(given):
+            def objective(losses, features):
+                more = {} if self.features is None else {"features": features}
+                balanced, balancer = self.balancer.update(losses, state.balancer, **given, **more)
+                return balanced.sum(), balancer
+
+            return jax.grad(objective, argnums=(0, 1), has_aux=True)(constants, features)
 
         given = dict(extra)
         if state.slopes is not None:
             given["slopes"] = state.slopes
         if state.losses_after is not None:
             given["losses_after"] = state.losses_after
-
-        def weigh(given):
-            objective = lambda *values: self._objective(*values, state.balancer, given)
-            return jax.grad(objective, argnums=(0, 1), has_aux=True)(losses, features)
-
         supply = {
             "slope_fn": lambda: lambda weights: slopes_along(gradient_of(weights)),
-            "gradient_norms": gradient_norms,
+            "gram": gram,
+            "gram_fn": lambda: gram,
+            "gradient_norms": norms,
         }
-        (weights, next_state), _ = _supplied(weigh, given, supply)
-        grads = pullback(weights)
-        values = (losses, aux) if self.has_aux else losses
-        slopes = None if state.slopes is None else slopes_along(grads)
-        return values, grads, ValueAndGradState(next_state, slopes, state.losses_after)
+        ((weights, of_features), balancer), asked = base.supply_missing(weigh, given, supply)
+        if of_rows and self.features is None and {"gram", "gradient_norms"} & {*asked}:
+            grads = jacobian.combine(weights, rows())
+        else:
+            grads = self._mean(pullback((weights, of_features)))
+        like = lambda old, new: new.astype(old.dtype)
+        next_state = ValueAndGradState(
+            step=optax.safe_increment(state.step),
+            effective_weights=like(state.effective_weights, weights),
+            balancer=balancer,
+            slopes=None if state.slopes is None else like(state.slopes, slopes_along(grads)),
+            losses_after=state.losses_after,
+        )
+        return ((losses, aux) if self.has_aux else losses), grads, next_state
 
     def after(self, params: base.PyTree, state: ValueAndGradState, *args: Any) -> ValueAndGradState:
         """Takes the losses of the same batch after the optimiser's step, where they are read."""
         if state.losses_after is None:
             return state
-        return state._replace(losses_after=self._losses(params, *args))
+        losses = self._losses(params, *args)
+        return state._replace(losses_after=losses.astype(state.losses_after.dtype))
 
     def _outputs(self, params, *args):
         returned = self.task_losses(params, *args)
         losses, aux = returned if self.has_aux else (returned, None)
         return (losses, None if self.features is None else self.features(aux)), aux
+
+    def _shapes(self, params, *args):
+        outputs = lambda: self._outputs(params, *args)
+        names = () if self.axis_name is None else self.axis_name
+        # The mean over devices inside task_losses needs the axis; its size changes no shape.
+        for name in (names,) if isinstance(names, str) else names:
+            outputs = jax.vmap(outputs, axis_name=name, axis_size=1, out_axes=None)
+        return jax.eval_shape(outputs)
 
     def _losses(self, params, *args):
         return self._outputs(params, *args)[0][0]
@@ -181,28 +234,16 @@ class ValueAndGrad:
         keep = lambda is_shared, tree: tree if is_shared else optax.tree.zeros_like(tree)
         return jax.tree.map(keep, self.shared, direction)
 
-    def _objective(self, losses, features, balancer_state, given):
-        if self.features is not None:
-            given = {**given, "features": features}
-        balanced, next_state = self.balancer.update(losses, balancer_state, **given)
-        return balanced.sum(), next_state
-
-
-def _supplied(function, given, supply):
-    """Calls ``function(given)``, supplying what the balancer says is missing."""
-    while True:
-        try:
-            return function(given), given
-        except base.MissingArgument as missing:
-            if missing.argument not in supply or missing.argument in given:
-                raise
-            given = {**given, missing.argument: supply[missing.argument]()}
+    def _mean(self, gradient):
+        return gradient if self.axis_name is None else jax.lax.pmean(gradient, self.axis_name)
 
 
 class AggregateByState(NamedTuple):
     """State of :func:`aggregate_by`."""
 
+    effective_weights: jax.Array  # (K,) ∂Φ/∂l of the call, whatever the balancer holds; 0 at first
     balancer: optax.OptState
+    slopes: jax.Array | None  # (K,) of the step just taken, None where the method reads none
 
 
 def aggregate_by(
@@ -210,25 +251,31 @@ def aggregate_by(
 ) -> optax.GradientTransformationExtraArgs:
     """Makes a loss transformation the first link of an optimiser that gets stacked task gradients.
 
-    ``optax.chain(bilb.aggregate_by(bilb.bilb4mtl(), num_tasks=3), optax.adam(1e-3))`` reads
-    gradients whose leaves are (K, *shape) and the extra argument ``losses=`` (K,), and passes on
-    their sum under the balancer's effective weights. The parameters are those of the one-backward
-    route (:func:`value_and_grad`), to rounding, unless a router reads features, through which no
-    gradient flows here. Use it where the task gradients exist anyway: computing them takes K
-    backward passes, :func:`value_and_grad` one. Wrappers that look at updates, such as
-    ``optax.clip_by_global_norm`` or ``optax.MultiSteps``, go after it.
+    ``optax.chain(bilb.aggregate_by(bilb.mgda(), num_tasks=3), optax.adam(1e-3))`` reads gradients
+    whose leaves are (K, *shape), as :func:`bilb.task_gradients` returns them, and passes on their
+    sum under the balancer's effective weights. What the balancer reads about the losses, it
+    computes from the gradients: ``gram``, ``gradient_norms``, ``slope_fn``, and the ``slopes`` of
+    the previous call's step; ``losses_after`` and a mask go to ``update`` as keywords. The
+    parameters are those of :func:`value_and_grad`, to rounding, unless a router reads features,
+    through which no gradient flows here. Use it where the task gradients exist anyway. Wrappers
+    that look at updates, such as ``optax.clip_by_global_norm`` or ``optax.MultiSteps``, go after
+    it.
+
+    The gradient of a task that is absent, or whose weight is 0, is left out, NaN included.
 
     Args:
         balancer: a loss transformation or a chain of them.
         num_tasks: K; static.
 
     Returns:
-        An aggregator: ``update(task_gradients, state, params, losses=losses, **extra)``.
+        An aggregator: ``update(task_gradients, state, params, losses=losses, **extra)``. A balancer
+        whose weights do not depend on the values of the losses, such as :func:`bilb.mgda` alone,
+        needs no ``losses=``.
 
     Raises:
         ValueError: if ``num_tasks`` < 1, if ``losses`` are not (K,), or a leaf's leading axis is
             not the number of tasks.
-        MissingArgument: if ``losses=`` is missing.
+        MissingArgument: if ``losses=`` is missing and its values matter.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, bilb
@@ -236,32 +283,68 @@ def aggregate_by(
         >>> optimizer = optax.chain(bilb.aggregate_by(bilb.bilb4mtl(), 2), optax.sgd(0.1))
         >>> x = jnp.array([0.5, 0.5])
         >>> state = optimizer.init(x)
-        >>> task_gradients = jax.jacrev(task_losses)(x)
-        >>> updates, state = optimizer.update(task_gradients, state, x, losses=task_losses(x))
+        >>> losses, task_gradients = bilb.task_gradients(task_losses, x)
+        >>> updates, state = optimizer.update(task_gradients, state, x, losses=losses)
         >>> print(updates.shape)
         (2,)
     """
     base.check_number("num_tasks", num_tasks, minimum=1)
-    balancer = optax.with_extra_args_support(balancer)
+    balancer = base.as_link(balancer)
 
     def init_fn(params):
         del params
-        return AggregateByState(
-            balancer.init(jax.ShapeDtypeStruct((num_tasks,), jnp.result_type(float)))
-        )
+        zeros = lambda: jnp.zeros(num_tasks, jnp.result_type(float))
+        state = balancer.init(zeros())
+        reads_slopes = "slopes" in base.asked(balancer, state, zeros())
+        return AggregateByState(zeros(), state, zeros() if reads_slopes else None)
 
     def update_fn(task_gradients, state, params=None, *, losses=None, **extra):
+        jacobian.check_task_gradients(task_gradients, params, num_tasks)
+        gram = functools.cache(lambda: gram_engines.of_rows(task_gradients))
+        given = dict(extra)
+        if state.slopes is not None:
+            given["slopes"] = state.slopes
+        supply = {
+            "slope_fn": lambda: lambda weights: gram() @ weights,
+            "gram": gram,
+            "gram_fn": lambda: gram,
+            "gradient_norms": lambda: jnp.sqrt(jnp.diagonal(gram())),
+        }
+
+        def weigh(losses):
+            def of(given):
+                def objective(losses):
+                    balanced, new = balancer.update(losses, state.balancer, **given)
+                    return balanced.sum(), new
+
+                return jax.grad(objective, has_aux=True)(losses)
+
+            return base.supply_missing(of, given, supply)[0]
+
+        dtype = state.effective_weights.dtype
         if losses is None:
-            raise base.MissingArgument(
-                "losses", "aggregate_by", "call update(task_gradients, state, params, losses=...)."
-            )
-
-        def objective(losses):
-            balanced, next_state = balancer.update(losses, state.balancer, **extra)
-            return balanced.sum(), next_state
-
-        base.check_task_gradients(task_gradients, params, num_tasks)
-        weights, next_state = jax.grad(objective, has_aux=True)(jnp.asarray(losses))
-        return base.combine(weights, task_gradients), AggregateByState(next_state)
+            losses = jnp.ones(num_tasks, dtype)
+            if _depends_on_its_argument(weigh, losses):
+                raise base.MissingArgument(
+                    "losses",
+                    "aggregate_by",
+                    "call update(task_gradients, state, params, losses=...).",
+                )
+        losses = jnp.asarray(losses)
+        weights, new = weigh(losses.astype(base.at_least_float32(losses.dtype)))
+        combined = jacobian.combine(weights, task_gradients)
+        slopes = None if state.slopes is None else gram_engines.products(task_gradients, combined)
+        cast = lambda value: None if value is None else value.astype(dtype)
+        return combined, AggregateByState(cast(weights), new, cast(slopes))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _depends_on_its_argument(function, argument):
+    """Whether what a function returns is computed from the values of its argument."""
+    jaxpr = jax.make_jaxpr(function)(argument).jaxpr
+    needed = {var for var in jaxpr.outvars if isinstance(var, jax.extend.core.Var)}
+    for equation in reversed(jaxpr.eqns):
+        if needed & {*equation.outvars}:
+            needed |= {var for var in equation.invars if isinstance(var, jax.extend.core.Var)}
+    return jaxpr.invars[0] in needed

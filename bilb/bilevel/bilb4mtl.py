@@ -50,7 +50,7 @@ def bilb4mtl(
     .. math:: \Phi(W, x) = \frac{1}{s} \sum_k u_k + \lambda f(u), \qquad u_k = \sigma_k(W) v_k
 
     where v are the losses that arrive, usually through a normalisation in front:
-    ``optax.chain(bilb.log_scale_by_initial_loss(every=steps_per_epoch), bilb.bilb4mtl())``.
+    ``bilb.chain(bilb.log_scale_by_initial_loss(every=steps_per_epoch), bilb.bilb4mtl())``.
     Task k's entry of the balanced losses is ``u_k (1 / s + λ ∂f/∂u_k)`` with the derivative held
     constant, plus a constant without gradient that makes the sum Φ. The settings of the paper's
     four experiments are in ``bilb.presets``.
@@ -90,7 +90,7 @@ def bilb4mtl(
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, bilb
-        >>> balancer = optax.chain(bilb.log_losses(), bilb.bilb4mtl(penalty=0.05))
+        >>> balancer = bilb.chain(bilb.log_losses(), bilb.bilb4mtl(penalty=0.05))
         >>> losses = jnp.array([0.2, 3.0, 40.0])
         >>> state = balancer.init(losses)
         >>> balanced, state = balancer.update(losses, state)

@@ -21,19 +21,24 @@ Product = Callable[[jax.Array], jax.Array]
 class LowerLevel(NamedTuple):
     """A lower-level problem.
 
+    Its functions get ``present`` (K,) bool: λ is 0 for the other tasks, and what they return for
+    them does not matter; means and numbers of tasks are over the present ones.
+
     Attributes:
-        weights: ``(λ, product) -> v`` (K,), the weights of the direction ``Jᵀ v``.
-        gradient: ``(λ, product, memory) -> (∂h/∂λ, memory)``; ``product(w)`` is ``G w``, and
-            ``memory`` a running scalar, 0 at first.
-        project: onto the feasible set of λ.
+        weights: ``(λ, product, present) -> v`` (K,), the weights of the direction ``Jᵀ v``.
+        gradient: ``(λ, product, memory, present) -> (∂h/∂λ, memory)``; ``product(w)`` is ``G w``,
+            and ``memory`` a running scalar, 0 at first.
+        project: onto the feasible set of λ; absent tasks arrive as large negative numbers.
+        on_simplex: whether λ sums to 1.
         logarithmic: whether the gradient is one for log λ.
         lagged: whether one product at v(λ) per step is enough, so that the slopes of the step
             just taken serve; otherwise ``slope_fn`` is needed.
     """
 
-    weights: Callable[[jax.Array, Product], jax.Array]
-    gradient: Callable[[jax.Array, Product, jax.Array], tuple[jax.Array, jax.Array]]
+    weights: Callable[[jax.Array, Product, jax.Array], jax.Array]
+    gradient: Callable[[jax.Array, Product, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
     project: Callable[[jax.Array], jax.Array] = optax.projections.projection_simplex
+    on_simplex: bool = True
     logarithmic: bool = False
     lagged: bool = True
 
@@ -45,8 +50,8 @@ def mgda() -> LowerLevel:
         Désidéri, *Multiple-gradient descent algorithm*, 2012; Sener and Koltun, 2018.
     """
     return LowerLevel(
-        weights=lambda lam, product: lam,
-        gradient=lambda lam, product, memory: (product(lam), memory),
+        weights=lambda lam, product, present: lam,
+        gradient=lambda lam, product, memory, present: (product(lam), memory),
     )
 
 
@@ -60,11 +65,14 @@ def sdmgrad(eta: float | jax.Array = 0.3) -> LowerLevel:
         Xiao et al., *Direction-oriented multi-objective learning* (SDMGrad), 2023.
     """
     base.check_number("eta", eta, minimum=0)
-    weights = lambda lam, product: (lam + eta / lam.shape[0]) / (1.0 + eta)
-    return LowerLevel(
-        weights=weights,
-        gradient=lambda lam, product, memory: (product(weights(lam, product)), memory),
-    )
+
+    def weights(lam, product, present):
+        return jnp.where(present, lam + eta * _uniform(present, lam.dtype), 0.0) / (1.0 + eta)
+
+    def gradient(lam, product, memory, present):
+        return product(weights(lam, product, present)), memory
+
+    return LowerLevel(weights, gradient)
 
 
 def cagrad(c: float | jax.Array = 0.4) -> LowerLevel:
@@ -81,20 +89,20 @@ def cagrad(c: float | jax.Array = 0.4) -> LowerLevel:
     """
     base.check_number("c", c, minimum=0)
 
-    def products(lam, product):
-        mean = jnp.full_like(lam, 1 / lam.shape[0])
+    def products(lam, product, present):
+        mean = _uniform(present, lam.dtype)
         of_mean, of_lam = product(mean), product(lam)
         norm = lambda square: jnp.sqrt(jnp.maximum(square, 0.0))
         norm_mean, norm_lam = norm(mean @ of_mean), norm(lam @ of_lam)
         ratio = c * norm_mean / jnp.where(norm_lam > 0, norm_lam, 1.0)
         return mean, of_mean, of_lam, jnp.where(norm_lam > 0, ratio, 0.0)
 
-    def weights(lam, product):
-        mean, _, _, ratio = products(lam, product)
+    def weights(lam, product, present):
+        mean, _, _, ratio = products(lam, product, present)
         return (mean + ratio * lam) / (1.0 + c**2)
 
-    def gradient(lam, product, memory):
-        _, of_mean, of_lam, ratio = products(lam, product)
+    def gradient(lam, product, memory, present):
+        _, of_mean, of_lam, ratio = products(lam, product, present)
         return of_mean + ratio * of_lam, memory
 
     return LowerLevel(weights, gradient, lagged=False)
@@ -115,13 +123,17 @@ def fairgrad(alpha: float | jax.Array = 2.0) -> LowerLevel:
     """
     base.check_number("alpha", alpha, minimum=0, exclusive=True)
 
-    def gradient(lam, product, memory):
-        q = (lam.shape[0] * lam) ** (1.0 / alpha) * product(lam)
+    def gradient(lam, product, memory, present):
+        uniform = _uniform(present, lam.dtype)
+        # Where λ is 0 the task is absent; the inner `where` keeps its power finite.
+        ratio = jnp.where(present, lam, 1.0) / jnp.where(present, uniform, 1.0)
+        q = jnp.where(present, ratio ** (1.0 / alpha) * product(lam), 0.0)
+        mean = uniform @ q
         memory = jnp.maximum(memory, jnp.max(jnp.abs(q)))
-        scale = jnp.abs(jnp.mean(q)) + 1e-2 * memory
-        return (q - jnp.mean(q)) / jnp.where(scale > 0, scale, 1.0), memory
+        scale = jnp.abs(mean) + 1e-2 * memory
+        return (q - mean) / jnp.where(scale > 0, scale, 1.0), memory
 
-    return LowerLevel(lambda lam, product: lam, gradient, logarithmic=True)
+    return LowerLevel(lambda lam, product, present: lam, gradient, logarithmic=True)
 
 
 def nash() -> LowerLevel:
@@ -146,8 +158,17 @@ def dualproj(cap: float | jax.Array = 100.0) -> LowerLevel:
         Lopez-Paz and Ranzato, *Gradient episodic memory*, 2017; Quinton and Rey, 2024.
     """
     base.check_number("cap", cap, minimum=0, exclusive=True)
-    return LowerLevel(
-        weights=lambda lam, product: lam,
-        gradient=lambda lam, product, memory: (product(lam), memory),
-        project=lambda lam: jnp.clip(lam, 1.0 / lam.shape[0], cap),
-    )
+
+    def weights(lam, product, present):
+        return jnp.where(present, jnp.maximum(lam, _uniform(present, lam.dtype)), 0.0)
+
+    def gradient(lam, product, memory, present):
+        return product(weights(lam, product, present)), memory
+
+    project = lambda lam: jnp.clip(lam, 1.0 / lam.shape[0], cap)
+    return LowerLevel(weights, gradient, project, on_simplex=False)
+
+
+def _uniform(present, dtype):
+    """Returns equal weights of sum 1 for the present tasks."""
+    return present.astype(dtype) / jnp.maximum(present.sum(), 1)

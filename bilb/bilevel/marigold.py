@@ -11,7 +11,6 @@ This is a reconstruction from the abstract of arXiv 2603.07389, which was all th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -37,7 +36,6 @@ class MarigoldState(NamedTuple):
     step: jax.Array  # () int32
     point: jax.Array  # (K,) logits, or λ itself where it is projected
     weights: jax.Array  # (K,) the weights v(λ) just used
-    losses: jax.Array  # (K,) the previous losses, where slopes are pushed through `transform`
     present: jax.Array  # (K,) bool, the tasks that were present in the previous call
     memory: jax.Array  # () the lower level's running scalar
     opt_state: optax.OptState
@@ -47,11 +45,10 @@ def marigold(
     lower: str | lower_levels.LowerLevel = "mgda",
     *,
     scheme: Literal["softmax", "projection", "exponentiated"] = "softmax",
-    transform: Callable[[jax.Array], jax.Array] | None = None,
     inner_steps: int = 1,
     optimizer: optax.GradientTransformation = optax.adam(0.025),
     regularization: base.Scalar = 0.0,
-    max_logit: float | jax.Array = 6.0,
+    max_logit: base.Scalar = 6.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gradient balancing from slopes: MGDA-like balance for one forward pass a step.
 
@@ -60,15 +57,17 @@ def marigold(
     .. math:: \lambda \leftarrow \lambda - \text{optimizer}(\nabla_\lambda h), \qquad
         \nabla_\lambda h = G v(\lambda) = s
 
-    and then weighs the new losses: ``balanced = v(λ) · transform(losses)``. ``slopes`` are the
-    directional derivatives of the raw losses along the gradient of the previous call's objective,
-    at that call's parameters; give zeros at the first call, when nothing is learnt.
-    :func:`bilb.value_and_grad` supplies them.
+    and then weighs the new losses: ``balanced = v(λ) · losses``. ``slopes`` are the directional
+    derivatives of the losses along the gradient of the previous call's objective, at that call's
+    parameters; give zeros at the first call, when nothing is learnt. :func:`bilb.value_and_grad`
+    supplies them. When the scales of the losses differ, balance their logarithms:
+    ``bilb.chain(bilb.log_losses(), bilb.marigold())``.
 
     The single loop ends on the Pareto set at a point between equal weights and MGDA's, closer to
     MGDA's the faster the weights move relative to the model; ``inner_steps`` of 20 to 50 gives
-    MGDA. Slopes that are not finite teach nothing. With a mask the weights of the present tasks are
-    scaled to sum to one.
+    MGDA. A slope that is not finite teaches nothing of its task, and slopes beyond 2e16 (float32)
+    count as that. A task learns from each step in which it was present, also where the next call's
+    mask leaves it out. With a mask the weights of the present tasks are scaled to sum to one.
 
     Args:
         lower: the lower-level problem: "mgda", "sdmgrad", "cagrad", "nash", "fairgrad",
@@ -80,9 +79,6 @@ def marigold(
             "projection": λ projected onto the simplex; with ``optax.sgd(β)`` the textbook step,
             stable for ``β Σ‖g_k‖² < 2`` less the model's share, or with
             :func:`bilb.adagrad_norm`, free of scale. "exponentiated": ``λ ∝ λ exp(-β s)``.
-        transform: elementwise function of the losses whose gradients are balanced, such as
-            ``jnp.log`` (recommended when the scales of the losses differ). For losses that may
-            reach zero use ``lambda l: jnp.log(jnp.maximum(l, 1e-8))``.
         inner_steps: M >= 1, steps on λ per call; static. More than one takes them at the current
             parameters and needs ``slope_fn: weights -> slopes`` instead of ``slopes``.
         optimizer: Optax optimiser of λ or its logits; 0.025 is FAMO's rate.
@@ -92,9 +88,8 @@ def marigold(
 
     Returns:
         A loss transformation; ``update(losses, state, *, slopes)``, or ``slope_fn``. Its state has
-        the fields ``step``, ``point``, ``weights``, ``losses``, ``present``, ``memory`` and
-        ``opt_state``. With ``optax.inject_hyperparams``, ``transform`` and ``inner_steps`` are
-        static: ``static_args=("transform", "inner_steps")``.
+        the fields ``step``, ``point``, ``weights``, ``present``, ``memory`` and ``opt_state``. With
+        ``optax.inject_hyperparams``, ``inner_steps`` is static: ``static_args=("inner_steps",)``.
 
     Raises:
         ValueError: for an unknown ``lower`` or ``scheme``, a pair that does not go together,
@@ -127,8 +122,7 @@ def marigold(
         raise ValueError(
             f'scheme must be "softmax", "projection" or "exponentiated"; got {scheme!r}.'
         )
-    on_simplex = lower.project is optax.projections.projection_simplex
-    if not on_simplex and scheme != "projection":
+    if not lower.on_simplex and scheme != "projection":
         raise ValueError(f'{name} needs scheme="projection"; got {scheme!r}.')
     if lower.logarithmic and scheme == "projection":
         raise ValueError(f'{name} needs scheme="softmax" or "exponentiated"; got {scheme!r}.')
@@ -137,7 +131,6 @@ def marigold(
     base.check_number("max_logit", max_logit, minimum=0, exclusive=True)
     lagged = lower.lagged and inner_steps == 1
     optimizer = optax.with_extra_args_support(optimizer)
-    apply_transform = transform or (lambda losses: losses)
 
     def init(num_tasks, dtype):
         uniform = jnp.full(num_tasks, 1 / num_tasks, dtype)
@@ -146,7 +139,6 @@ def marigold(
             step=base.new_step(),
             point=jnp.copy(point),
             weights=jnp.copy(uniform),
-            losses=jnp.ones(num_tasks, dtype),
             present=jnp.ones(num_tasks, bool),
             memory=jnp.zeros((), dtype),
             opt_state=optimizer.init(point),
@@ -158,76 +150,56 @@ def marigold(
             lam = jax.nn.softmax(point, where=present)
             return jnp.where(present, lam, 0.0)
         lam = jnp.where(present, point, 0.0)
-        if not on_simplex:
+        if not lower.on_simplex:
             return lam
         total = lam.sum()
         uniform = present / jnp.maximum(present.sum(), 1)
         return jnp.where(total > 0, lam / jnp.where(total > 0, total, 1.0), uniform)
 
-    def learn(state, product, rho, present):
-        """One step on λ; ``product(w)`` is ``G w``."""
+    def move(state, updates, present):
+        """The point after a step, on the feasible set."""
+        point = state.point + updates
+        if scheme == "projection":
+            far = -(jnp.finfo(point.dtype).max ** 0.5)
+            return lower.project(jnp.where(present, point, far))
+        bound = base.at_step(max_logit, state.step)
+        return jnp.clip(point - point.mean(), -bound, bound)
+
+    def learn(state, product, present):
+        """One step on λ for the tasks that are present; ``product(w)`` is ``G w``."""
+        bounded = lambda weights: base.bounded_gradient(product(weights))
+        rho = base.at_step(regularization, state.step)
         lam = simplex(state.point, present)
-        gradient, memory = lower.gradient(lam, product, state.memory)
+        gradient, memory = lower.gradient(lam, bounded, state.memory, present)
         gradient = jnp.where(present, gradient + rho * lam, 0.0)
-        finite = jnp.isfinite(gradient).all()
         if scheme == "softmax" and not lower.logarithmic:
             gradient = lam * (gradient - lam @ gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.point)
-        point = state.point + updates
-        if scheme == "projection":
-            point = lower.project(point)
-        else:
-            point = jnp.clip(point - point.mean(), -max_logit, max_logit)
+        point = move(state, updates, present)
         new = state._replace(point=point, opt_state=opt_state, memory=memory)
-        new = base.keep_absent(
-            present, new, state, lambda k: jax.eval_shape(lambda: init(k, point.dtype))
+        taught = present & jnp.isfinite(gradient).all()
+        return base.learn_where(
+            taught, new, state, lambda k: jax.eval_shape(lambda: init(k, point.dtype))
         )
-        return jax.tree.map(lambda n, o: jnp.where(finite, n, o).astype(o.dtype), new, state)
 
-    def update(losses, state, *, mask, slopes=None, slope_fn=None, **_):
-        everyone = jnp.ones(losses.shape, bool)
-        present = everyone if mask is None else mask
-        rho = base.at_step(regularization, state.step)
-        constants = jax.lax.stop_gradient(losses)
-        _, derivative = jax.jvp(apply_transform, (constants,), (jnp.ones_like(losses),))
-
+    def update(losses, state, *, mask, slopes=None, taught=None, slope_fn=None, **_):
+        present = base.present(losses, mask)
         if lagged:
-            slopes = base.check_per_step("slopes", slopes, losses, "marigold")
-            previous = state.losses.astype(losses.dtype)
-            _, slopes = jax.jvp(apply_transform, (previous,), (slopes,))
-            both = state.present & present
-            learnt = learn(state, lambda _: jnp.where(both, slopes, 0.0), rho, both)
-            learnt = jax.tree.map(lambda n, o: jnp.where(state.step > 0, n, o), learnt, state)
-            product = None
+            learnt = learn(state, lambda _: slopes, taught)
         else:
-            if slope_fn is None:
-                raise base.MissingArgument(
-                    "slope_fn",
-                    "marigold with inner_steps > 1 or a lower level of several products",
-                    "a function weights (K,) -> slopes (K,) of the raw losses along Jᵀ weights at "
-                    "the current parameters; bilb.value_and_grad supplies it.",
-                )
-
-            def product(weights):
-                weights = jnp.where(present, weights * derivative, 0.0)
-                return jnp.where(present, derivative * slope_fn(weights), 0.0)
-
-            inner = lambda carry, _: (learn(carry, product, rho, present), None)
+            inner = lambda carry, _: (learn(carry, slope_fn, present), None)
             learnt, _ = jax.lax.scan(inner, state, length=inner_steps)
-
         lam = simplex(learnt.point, present)
-        weights = jax.lax.stop_gradient(jnp.where(present, lower.weights(lam, product), 0.0))
-        return weights * apply_transform(losses), MarigoldState(
+        weights = jax.lax.stop_gradient(lower.weights(lam, slope_fn, present))
+        weights = jnp.where(present, weights, 0.0)
+        return weights * losses, learnt._replace(
             step=optax.safe_increment(state.step),
-            point=learnt.point,
             weights=jnp.where(present, weights, state.weights),
-            losses=jnp.where(present, constants, state.losses),
             present=present,
-            memory=learnt.memory,
-            opt_state=learnt.opt_state,
         )
 
-    return base.loss_transformation(init, update, keeps_absent=False)
+    reads = ("slopes",) if lagged else ("slope_fn",)
+    return base.loss_transformation(init, update, reads=reads, keeps_absent=False)
 
 
 class AdagradNormState(NamedTuple):

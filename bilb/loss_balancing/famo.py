@@ -32,7 +32,7 @@ class FAMOState(NamedTuple):
 def famo(
     *,
     min_losses: float | jax.Array = 0.0,
-    gamma: float | jax.Array = 1e-3,
+    gamma: base.Scalar | None = None,
     optimizer: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Fast adaptive multitask optimisation: one extra forward pass a step, no task gradients.
@@ -41,15 +41,17 @@ def famo(
     give zeros at the first call, when nothing is learnt. :func:`bilb.value_and_grad` keeps them:
     ``state = value_and_grad.after(params, state, *args)`` after the optimiser's step.
 
-    A loss at or below its bound counts as the bound, so that D is never below 1e-8. Losses or
-    ``losses_after`` that are not finite teach nothing.
+    A loss at or below its bound counts as the bound: D is then 1e-8, the task has no gradient and
+    its balanced loss is 0, and it is left out of c, so that the other tasks go on as without it.
+    Losses or ``losses_after`` that are not finite teach nothing of their task. A task learns from
+    each step in which it was present, also where the next call's mask leaves it out.
 
     Args:
         min_losses: lower bounds of the losses, one number or (K,).
-        gamma: γ >= 0, decay of the logits, added to their gradient: 1e-3 as in the paper, LibMTL
-            and TorchJD; the official repository has 1e-2 (``famo.py`` and its command line) and
-            1e-5 (its class of methods).
-        optimizer: Optax optimiser of the logits, with its own decay;
+        gamma: γ >= 0, decay of the logits, added to their gradient. 1e-3 if None, as in the paper,
+            LibMTL and TorchJD; the official repository has 1e-2 (``famo.py`` and its command line)
+            and 1e-5 (its class of methods).
+        optimizer: Optax optimiser of the logits, with a decay of its own, in place of ``gamma``;
             ``optax.chain(optax.add_decayed_weights(gamma), optax.adam(0.025))`` if None.
 
     Returns:
@@ -57,8 +59,8 @@ def famo(
         ``step``, ``logits``, ``weights``, ``losses``, ``present`` and ``opt_state``.
 
     Raises:
-        ValueError: for a concrete negative ``gamma``, or ``min_losses`` that are neither () nor
-            (K,).
+        ValueError: for a concrete negative ``gamma``, for ``gamma`` beside ``optimizer``, or
+            ``min_losses`` that are neither () nor (K,).
         MissingArgument: for a call without ``losses_after``.
 
     Example:
@@ -78,8 +80,15 @@ def famo(
         Liu et al., *FAMO: Fast Adaptive Multitask Optimization*, 2023, Algorithm 1.
     """
     base.check_number("gamma", gamma, minimum=0)
+    base.check_number("min_losses", min_losses)
     if optimizer is None:
+        gamma = 1e-3 if gamma is None else gamma
         optimizer = optax.chain(optax.add_decayed_weights(gamma), optax.adam(0.025))
+    elif gamma is not None:
+        raise ValueError(
+            f"gamma is the decay of the default optimizer; got gamma={gamma} beside another one. "
+            "Put optax.add_decayed_weights(gamma) in front of it instead."
+        )
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init(num_tasks, dtype):
@@ -96,29 +105,28 @@ def famo(
 
     def above_bound(losses):
         bounds = base.check_per_task("min_losses", min_losses, losses.shape[0])
-        return jnp.maximum(losses - bounds, 0.0) + _EPSILON
+        return base.at_least(losses - bounds, 0.0) + _EPSILON
 
-    def learn(state, losses_after, present):
-        z = jax.nn.softmax(state.logits, where=present)
+    def learn(state, losses_after, taught):
+        z = jax.nn.softmax(state.logits, where=taught)
         change = jnp.log(above_bound(state.losses)) - jnp.log(above_bound(losses_after))
-        change = jnp.where(present, change, 0.0)
-        gradient = jnp.where(present, z * (change - z @ change), 0.0)
+        change = jnp.where(taught, change, 0.0)
+        gradient = jnp.where(taught, z * (change - z @ change), 0.0)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.logits)
         new = state._replace(logits=state.logits + updates, opt_state=opt_state)
-        new = base.keep_absent(
-            present, new, state, lambda k: jax.eval_shape(lambda: init(k, z.dtype))
+        return base.learn_where(
+            taught, new, state, lambda k: jax.eval_shape(lambda: init(k, z.dtype))
         )
-        learns = (state.step > 0) & jnp.isfinite(gradient).all()
-        return jax.tree.map(lambda n, o: jnp.where(learns, n, o).astype(o.dtype), new, state)
 
-    def update(losses, state, *, mask, losses_after=None, **_):
-        losses_after = base.check_per_step("losses_after", losses_after, losses, "famo")
-        present = jnp.ones(losses.shape, bool) if mask is None else mask
-        learnt = learn(state, losses_after, state.present & present)
+    def update(losses, state, *, mask, losses_after, taught, **_):
+        present = base.present(losses, mask)
+        learnt = learn(state, losses_after, taught & jnp.isfinite(state.losses))
         z = jnp.where(present, jax.nn.softmax(learnt.logits, where=present), 0.0)
         d = above_bound(losses)
-        c = jax.lax.stop_gradient(jnp.sum(z / d))
-        balanced = z * jnp.log(d) / jnp.where(c > 0, c, 1.0)
+        # NaN stays in: only a loss known to lie at its bound is left out.
+        solved = d <= _EPSILON
+        c = jax.lax.stop_gradient(jnp.sum(jnp.where(solved, 0.0, z / d)))
+        balanced = jnp.where(solved, 0.0, z * jnp.log(d) / jnp.where(c > 0, c, 1.0))
         constants = jax.lax.stop_gradient(losses)
         return balanced, FAMOState(
             step=optax.safe_increment(state.step),

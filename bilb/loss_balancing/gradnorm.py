@@ -53,8 +53,9 @@ def gradnorm(
 
     The weights are not negative and sum to K, with a mask to the number of present tasks. A
     relative loss ``l_k / L_k`` below zero counts as 0, and as 1 where L is zero. A task that comes
-    late takes L from its own first losses. A non-finite loss or norm makes weights non-finite:
-    wrap in :func:`bilb.skip_nonfinite`.
+    late takes L from its own first losses. A task whose norm is not finite is absent; a non-finite
+    loss makes weights non-finite: wrap in :func:`bilb.skip_nonfinite`. Gradients of the scales
+    beyond 2e16 (float32) count as that.
 
     Args:
         alpha: α >= 0, how strongly slow tasks are favoured; a number, a traced scalar or a schedule
@@ -113,21 +114,10 @@ def gradnorm(
             opt_state=optimizer.init(scales),
         )
 
-    def update(losses, state, *, mask, gradient_norms=None, **_):
-        if gradient_norms is None:
-            raise base.MissingArgument(
-                "gradient_norms",
-                "gradnorm",
-                "the norms (K,) of the task gradients on the shared parameters.",
-            )
-        if jnp.shape(gradient_norms) != losses.shape:
-            raise ValueError(
-                f"gradient_norms must have an entry per task, shape {losses.shape}; got shape "
-                f"{jnp.shape(gradient_norms)}."
-            )
+    def update(losses, state, *, mask, gradient_norms, **_):
         present = base.present(losses, mask)
         num_tasks = base.num_present(losses, mask)
-        norms = jnp.where(present, jax.lax.stop_gradient(gradient_norms), 0.0).astype(losses.dtype)
+        norms = base.bounded_gradient(gradient_norms)
         values = jax.lax.stop_gradient(losses)
 
         take = base.usable(losses, mask) & (state.count < base_steps)
@@ -148,9 +138,8 @@ def gradnorm(
             # The absolute value, with derivative 0 at 0.
             return jnp.sum(jax.lax.stop_gradient(jnp.sign(distances)) * distances)
 
-        updates, opt_state = optimizer.update(
-            jax.grad(objective)(state.scales), state.opt_state, state.scales
-        )
+        gradient = base.bounded_gradient(jax.grad(objective)(state.scales))
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.scales)
         scales = optax.apply_updates(state.scales, updates)
         if scheme == "sum":
             scales = jnp.maximum(scales, _SMALLEST_SCALE)

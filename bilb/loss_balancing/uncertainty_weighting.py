@@ -31,7 +31,7 @@ def uncertainty_weighting(
     """Divides each loss by a learnt variance, and charges for the logarithm of that variance.
 
     At the optimum in s the variance equals the loss, so the method follows the logarithms of the
-    losses with the delay of ``optimizer``. ``optax.chain(bilb.log_losses(),
+    losses with the delay of ``optimizer``. ``bilb.chain(bilb.log_losses(),
     bilb.uncertainty_weighting())`` is its log form.
 
     The weights are positive, of no fixed sum. A loss that stays at zero or below (a logarithm,
