@@ -20,7 +20,7 @@ from bilb import base
 class Gram(NamedTuple):
     """A Gram matrix of task gradients in a form fit for solvers: ``J Jᵀ = size² · matrix``."""
 
-    matrix: jax.Array  # (K, K) symmetric, largest diagonal entry 1 (0 if all gradients are zero)
+    matrix: jax.Array  # (K, K) symmetric, largest entry 1 (0 if all gradients are zero)
     size: jax.Array  # () the norm of the longest row of J, 1 if all are zero
     present: jax.Array  # (K,) bool; the rows and columns of the other tasks are zero
 
@@ -42,14 +42,17 @@ class MeanGramState(NamedTuple):
 
 
 def prepare(gram: jax.Array, present: jax.Array) -> Gram:
-    """Takes absent tasks out of a Gram matrix and divides it by its largest diagonal entry.
+    """Takes absent tasks out of a Gram matrix and divides it by its largest entry.
+
+    That of ``J Jᵀ`` is on the diagonal. The product of two Jacobians, of two batches, need not be
+    symmetric; it is scaled likewise.
 
     Args:
         gram: (K, K) in float32 at least; entries of absent tasks do not matter, NaN included.
         present: (K,) bool.
     """
     gram = jnp.where(present[:, None] & present, gram, 0.0)
-    largest = jnp.max(jnp.diagonal(gram))
+    largest = jnp.max(jnp.abs(gram))
     largest = jnp.where(largest > 0, largest, 1.0)
     return Gram(gram / largest, jnp.sqrt(largest), present)
 
@@ -60,6 +63,7 @@ def gram_weighting(
     *,
     decay: base.Scalar = 0.0,
     memory: Callable[[int, Any], base.PyTree] = lambda num_tasks, dtype: (),
+    every: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes a formula on the Gram matrix a loss transformation: ``balanced = sg(w(G)) · losses``.
 
@@ -69,11 +73,13 @@ def gram_weighting(
             their entries of the memory do not matter.
         decay: of the running mean of the Gram matrix, in [0, 1); 0 takes each step's own.
         memory: ``(num_tasks, dtype) -> `` what the method remembers at first.
+        every: how many steps the weights stay the same; static. With more than one the method
+            reads ``gram_fn``, so that the Gram matrix is taken at those steps only.
 
     Returns:
         A loss transformation whose state is a :class:`GramState`.
     """
-    base.check_number("decay", decay, minimum=0, maximum=1)
+    check_decay(decay)
     averages = not (isinstance(decay, int | float) and decay == 0)
 
     def init(num_tasks, dtype):
@@ -85,24 +91,52 @@ def gram_weighting(
             mean=MeanGramState(zeros(), zeros()) if averages else None,
         )
 
-    def update(losses, state, *, mask, gram=None, **_):
-        if gram is None:
-            raise base.MissingArgument("gram", name, "the Gram matrix J Jᵀ (K, K).")
-        gram = jax.lax.stop_gradient(jnp.asarray(gram, losses.dtype))
-        present = base.present(losses, mask) & jnp.isfinite(jnp.diagonal(gram))
+    def learn(state, gram, present):
         mean = state.mean
         if averages:
-            rate = base.at_step(decay, state.step)
-            keep = lambda new, old: jnp.where(present[:, None] & present, new, old)
-            mean = MeanGramState(
-                keep(rate * mean.gram + (1 - rate) * gram, mean.gram),
-                keep(rate * mean.total + (1 - rate), mean.total),
-            )
+            mean = running_mean(mean, gram, present, base.at_step(decay, state.step))
             gram = mean.gram / jnp.where(mean.total > 0, mean.total, 1.0)
         weights, remembered = weigh(prepare(gram, present), state.memory, state.step)
         weights = jnp.where(present, jax.lax.stop_gradient(weights), 0.0)
-        return weights * losses, GramState(
-            optax.safe_increment(state.step), weights, remembered, mean
-        )
+        return state._replace(weights=weights, memory=remembered, mean=mean)
 
-    return base.loss_transformation(init, update)
+    def update(losses, state, *, mask, gram, **_):
+        new = learn(state, gram, base.present(losses, mask))
+        return new.weights * losses, new._replace(step=optax.safe_increment(state.step))
+
+    def update_at_times(losses, state, *, mask, gram_fn, **_):
+        def renew():
+            gram = jax.lax.stop_gradient(jnp.asarray(gram_fn(), losses.dtype))
+            present = base.present(losses, mask) & base.finite_rows(gram, 2)
+            gram = jnp.where(present[:, None] & present, gram, 0.0)
+            new = learn(state, gram, present)
+            shapes = lambda k: jax.eval_shape(lambda: init(k, losses.dtype))
+            return base.keep_absent(present, new, state, shapes)
+
+        new = jax.lax.cond(state.step % every == 0, renew, lambda: state)
+        return new.weights * losses, new._replace(step=optax.safe_increment(state.step))
+
+    if every == 1:
+        return base.loss_transformation(init, update, reads=("gram",), name=name)
+    return base.loss_transformation(init, update_at_times, reads=("gram_fn",), name=name)
+
+
+def check_decay(decay: base.Scalar) -> None:
+    """Raises ValueError for a decay outside [0, 1)."""
+    base.check_number("decay", decay, minimum=0, maximum=1)
+    if isinstance(decay, int | float) and decay == 1:
+        raise ValueError("decay must be < 1, or nothing is ever learnt; got 1.")
+
+
+def running_mean(
+    mean: MeanGramState, gram: jax.Array, present: jax.Array, decay: jax.Array
+) -> MeanGramState:
+    """Returns the running mean after one more Gram matrix.
+
+    Entry (i, j) moves only when both tasks are present.
+    """
+    keep = lambda new, old: jnp.where(present[:, None] & present, new, old)
+    return MeanGramState(
+        keep(decay * mean.gram + (1 - decay) * gram, mean.gram),
+        keep(decay * mean.total + (1 - decay), mean.total),
+    )
