@@ -76,6 +76,7 @@ from bilb.normalize import skip_nonfinite as skip_nonfinite
 from bilb.training import AggregateByState as AggregateByState
 from bilb.training import ValueAndGradState as ValueAndGradState
 from bilb.training import aggregate_by as aggregate_by
+from bilb.training import representation_value_and_grad as representation_value_and_grad
 from bilb.training import value_and_grad as value_and_grad
 
 __version__ = "0.1.0"

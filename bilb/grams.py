@@ -69,6 +69,43 @@ def stacked(chunk_size: int | None = None) -> Stacked:
     return Stacked(chunk_size)
 
 
+def sketch(probes: int = 1, key: int | jax.Array = 0) -> Sketch:
+    """An estimate of the Gram matrix for one forward pass per probe, whatever K is.
+
+    For a random direction v with independent entries of mean 0 and variance 1,
+    ``E[(J v)(J v)ᵀ] = J Jᵀ``. The mean of these outer products over ``probes`` directions of
+    entries ±1 is unbiased, positive semi-definite, and of rank ``probes`` at most: one step's
+    estimate is useless alone. Give the method that reads it ``decay=``: then it works on a running
+    mean, whose entries have a standard deviation of about
+    ``sqrt((1 - decay) / (1 + decay) / probes) * sqrt(G_ii G_jj + G_ij²)`` while the Gram matrix
+    itself changes little.
+
+    The directions depend on ``key`` and on the step only, so that all devices draw the same.
+
+    Args:
+        probes: how many directions per step, at least 1; static.
+        key: seed or JAX key.
+
+    Returns:
+        ``gram(task_losses, params, *args, step=0) -> (K, K)``.
+
+    Raises:
+        ValueError: for ``probes`` below 1.
+
+    Example:
+        >>> import jax.numpy as jnp, bilb
+        >>> task_losses = lambda x: jnp.stack([jnp.sum(x**2), x[0]])
+        >>> gram = bilb.grams.sketch(probes=1000)(task_losses, jnp.array([1.0, 2.0]))
+        >>> print(bool(jnp.abs(gram - jnp.array([[20, 2], [2, 1]])).max() < 2))
+        True
+
+    References:
+        Hutchinson, *A stochastic estimator of the trace of the influence matrix*, 1989.
+    """
+    base.check_number("probes", probes, minimum=1)
+    return Sketch(probes, base.as_key(key))
+
+
 @dataclasses.dataclass(frozen=True)
 class Engine:
     """A way to take Gram matrices."""
@@ -94,8 +131,14 @@ class Engine:
             at = jacobian.Linearization(*jacobian.linearize(task_losses, params, *args))
         return self.of(at, params, step)
 
-    def of(self, at: jacobian.Linearization, params: base.PyTree, step: Any) -> jax.Array:
-        """Returns the Gram matrix (K, K) of a linearisation."""
+    def of(
+        self,
+        at: jacobian.Linearization,
+        params: base.PyTree,
+        step: Any,
+        other: jacobian.Linearization | None = None,
+    ) -> jax.Array:
+        """Returns ``J Jᵀ`` (K, K) of a linearisation, or ``J' Jᵀ`` with the ``other`` one's J'."""
         raise NotImplementedError
 
     def norms(self, at: jacobian.Linearization, params: base.PyTree, step: Any) -> jax.Array:
@@ -109,13 +152,33 @@ class Exact(Engine):
 
     chunk_size: int | None
 
-    def of(self, at, params, step):
-        """Returns the Gram matrix (K, K) of a linearisation."""
-        return of_linearization(at, self.chunk_size)
+    def of(self, at, params, step, other=None):
+        """As :meth:`Engine.of`, for K backward and K forward passes."""
+        return of_linearization(at, self.chunk_size, other)
 
     def norms(self, at, params, step):
         """Returns the norms (K,) of the task gradients, for K backward passes."""
         return norms_of_linearization(at, self.chunk_size)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sketch(Engine):
+    """What :func:`sketch` returns."""
+
+    probes: int
+    key: jax.Array
+
+    def of(self, at, params, step, other=None):
+        """As :meth:`Engine.of`, estimated from forward passes along random directions."""
+
+        def slopes(key):
+            direction = optax.tree.random_like(key, params, sampler=jax.random.rademacher)
+            along = at.pushforward(direction)
+            return along, along if other is None else other.pushforward(direction)
+
+        keys = jax.random.split(jax.random.fold_in(self.key, step), self.probes)
+        right, left = jax.lax.map(slopes, keys)
+        return jnp.matmul(left.T, right, precision="highest") / self.probes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,19 +191,25 @@ class Stacked(Engine):
         """Returns the task gradients, leaves (K, *shape)."""
         return jacobian.rows(pullback, losses, self.chunk_size or losses.shape[0])
 
-    def of(self, at, params, step):
-        """Returns the Gram matrix (K, K) of a linearisation."""
-        return of_rows(self.rows(at.pullback, at.losses))
+    def of(self, at, params, step, other=None):
+        """As :meth:`Engine.of`, for K backward passes, or 2 K with ``other``."""
+        del params, step
+        rows = self.rows(at.pullback, at.losses)
+        return of_rows(rows, None if other is None else self.rows(other.pullback, other.losses))
 
 
-def of_linearization(at: jacobian.Linearization, chunk_size: int | None = None) -> jax.Array:
-    """Returns the Gram matrix (K, K) column by column, ``chunk_size`` of them at once."""
+def of_linearization(
+    at: jacobian.Linearization,
+    chunk_size: int | None = None,
+    other: jacobian.Linearization | None = None,
+) -> jax.Array:
+    """Returns ``J Jᵀ`` (K, K) column by column, ``chunk_size`` of them at once.
 
-    def column(one_hot):
-        return at.pushforward(at.pullback(one_hot))
-
-    gram = _map_tasks(column, at.losses, chunk_size)
-    return 0.5 * (gram + gram.T)
+    With the linearisation of ``other`` losses, of Jacobian J', it is ``J' Jᵀ``.
+    """
+    pushforward = at.pushforward if other is None else other.pushforward
+    columns = _map_tasks(lambda e: pushforward(at.pullback(e)), at.losses, chunk_size)
+    return 0.5 * (columns + columns.T) if other is None else columns.T
 
 
 def norms_of_linearization(at: jacobian.Linearization, chunk_size: int | None = None) -> jax.Array:
@@ -148,25 +217,25 @@ def norms_of_linearization(at: jacobian.Linearization, chunk_size: int | None = 
     return _map_tasks(lambda one_hot: norm(at.pullback(one_hot)), at.losses, chunk_size)
 
 
-def of_rows(task_gradients: base.PyTree) -> jax.Array:
-    """Returns the Gram matrix (K, K) of stacked task gradients, leaves (K, *shape)."""
+def of_rows(task_gradients: base.PyTree, others: base.PyTree | None = None) -> jax.Array:
+    """Returns the Gram matrix (K, K) of stacked task gradients, leaves (K, *shape).
 
-    def leaf(rows):
-        rows = rows.astype(base.at_least_float32(rows.dtype))
+    With the gradients of ``others``, rows of J', it is ``J' Jᵀ``.
+    """
+
+    def leaf(rows, left):
+        wide = base.at_least_float32(rows.dtype)
+        rows, left = rows.astype(wide), left.astype(wide)
         axes = tuple(range(1, rows.ndim))
         # Explicitly sharded leaves need to be told that the product of rows is whole everywhere.
         mesh = jax.typeof(rows).sharding.mesh
         explicit = jax.sharding.AxisType.Explicit in mesh.axis_types
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()) if explicit else None
-        return jax.lax.dot_general(
-            rows,
-            rows,
-            ((axes, axes), ((), ())),
-            precision="highest",
-            out_sharding=whole,
-        )
+        contract = ((axes, axes), ((), ()))
+        return jax.lax.dot_general(left, rows, contract, precision="highest", out_sharding=whole)
 
-    return sum(leaf(rows) for rows in jax.tree.leaves(task_gradients))
+    others = task_gradients if others is None else others
+    return sum(jax.tree.leaves(jax.tree.map(leaf, task_gradients, others)))
 
 
 def products(task_gradients: base.PyTree, direction: base.PyTree) -> jax.Array:

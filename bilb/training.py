@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.extend
@@ -40,6 +40,7 @@ def value_and_grad(
     shared: base.PyTree = True,
     gram: gram_engines.Engine | None = None,
     axis_name: Any = None,
+    heads: Literal["weighted", "sum"] = "weighted",
 ) -> ValueAndGrad:
     """``jax.value_and_grad`` for a stacked loss vector, weighed by a loss transformation.
 
@@ -72,19 +73,25 @@ def value_and_grad(
             ``jax.shard_map(check_vma=False)``, with the mean over devices inside ``task_losses``:
             there the gradient of each device is its own, and slopes along it would be slopes of
             another step than the one taken. Not needed under ``jit`` or with ``check_vma=True``.
+        heads: what the parameters that are not ``shared`` follow: the gradient of the objective
+            ("weighted"), or that of the plain sum of the present tasks' losses ("sum"), as in the
+            official code of some gradient-balancing methods.
 
     Returns:
         A callable with ``state = value_and_grad.init(params, *args)`` and
         ``losses, grads, state = value_and_grad(params, state, *args, **extra)``, or
         ``(losses, aux), grads, state`` with ``has_aux``. Extra keywords such as ``mask=`` go to the
         balancer, but for ``slope_args=``, a tuple in the place of ``*args`` that takes the slopes
-        on an independent batch (unbiased, at the cost of that batch's own forward pass). For
-        methods that read ``losses_after`` call
-        ``state = value_and_grad.after(params, state, *args)`` after the optimiser's step; for all
-        others that returns the state as it is.
+        on an independent batch (unbiased, at the cost of that batch's own forward pass), and
+        ``gram_args=``, such a tuple that makes the Gram matrix the product J' Jᵀ of the Jacobian J'
+        on that batch with the step's own, as :func:`bilb.sdmgrad` and :func:`bilb.modo` want; a
+        list of two tuples takes both sides on batches of their own. For methods that read
+        ``losses_after`` call ``state = value_and_grad.after(params, state, *args)`` after the
+        optimiser's step; for all others that returns the state as it is.
 
     Raises:
-        ValueError: for ``features`` without ``has_aux``, or losses that are not a vector (K,).
+        ValueError: for ``features`` without ``has_aux``, an unknown ``heads``, or losses that are
+            not a vector (K,).
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, bilb
@@ -99,9 +106,12 @@ def value_and_grad(
     """
     if features is not None and not has_aux:
         raise ValueError("features= reads the auxiliary output: give has_aux=True as well.")
+    _check_heads(heads)
     gram = gram_engines.exact() if gram is None else gram
     balancer = base.as_link(balancer)
-    return ValueAndGrad(task_losses, balancer, has_aux, features, slopes, shared, gram, axis_name)
+    return ValueAndGrad(
+        task_losses, balancer, has_aux, features, slopes, shared, gram, axis_name, heads
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -116,6 +126,7 @@ class ValueAndGrad:
     shared: base.PyTree
     gram: gram_engines.Engine
     axis_name: Any
+    heads: str
 
     def init(self, params: base.PyTree, *args: Any, **extra: Any) -> ValueAndGradState:
         """Returns the first state, from the shapes of the losses alone."""
@@ -140,6 +151,7 @@ class ValueAndGrad:
         state: ValueAndGradState,
         *args: Any,
         slope_args: tuple[Any, ...] | None = None,
+        gram_args: tuple[Any, ...] | list[tuple[Any, ...]] | None = None,
         **extra: Any,
     ) -> tuple[Any, base.PyTree, ValueAndGradState]:
         """Returns losses (and aux), the gradient of the objective, and the next state."""
@@ -150,22 +162,23 @@ class ValueAndGrad:
         constants = losses.astype(base.at_least_float32(losses.dtype))
         no_features = jax.tree.map(jnp.zeros_like, features)
         gradient_of = lambda weights: self._mean(pullback((weights, no_features)))
-        here = jacobian.Linearization(
-            losses,
-            pullback=lambda weights: self._shared(gradient_of(weights)),
-            pushforward=lambda direction: pushforward(self._shared(direction))[0],
-        )
+        here = self._on_shared(losses, gradient_of, lambda direction: pushforward(direction)[0])
         rows = functools.cache(lambda: self.gram.rows(gradient_of, losses))
         of_rows = isinstance(self.gram, gram_engines.Stacked)
 
         def slopes_along(direction):
             batch, at = (args, here) if slope_args is None else (slope_args, None)
-            return self.slopes(self._losses, params, self._shared(direction), *batch, at=at)
+            direction = _shared(direction, self.shared)
+            return self.slopes(self._losses, params, direction, *batch, at=at)
 
         @functools.cache
         def gram():
+            if gram_args is not None:
+                batches = gram_args if isinstance(gram_args, list) else [gram_args]
+                other, *first = [self._linearize(params, *batch) for batch in batches]
+                return self.gram.of(first[0] if first else here, params, state.step, other)
             if of_rows:
-                return gram_engines.of_rows(self._shared(rows()))
+                return gram_engines.of_rows(_shared(rows(), self.shared))
             return self.gram.of(here, params, state.step)
 
         def norms():
@@ -194,9 +207,10 @@ class ValueAndGrad:
         }
         ((weights, of_features), balancer), asked = base.supply_missing(weigh, given, supply)
         if of_rows and self.features is None and {"gram", "gradient_norms"} & {*asked}:
-            grads = jacobian.combine(weights, rows())
+            combined = lambda weights: jacobian.combine(weights, rows())
         else:
-            grads = self._mean(pullback((weights, of_features)))
+            combined = lambda weights: self._mean(pullback((weights, of_features)))
+        grads = _with_heads(combined, weights, self.shared, self.heads, extra.get("mask"))
         like = lambda old, new: new.astype(old.dtype)
         next_state = ValueAndGradState(
             step=optax.safe_increment(state.step),
@@ -230,12 +244,102 @@ class ValueAndGrad:
     def _losses(self, params, *args):
         return self._outputs(params, *args)[0][0]
 
-    def _shared(self, direction):
-        keep = lambda is_shared, tree: tree if is_shared else optax.tree.zeros_like(tree)
-        return jax.tree.map(keep, self.shared, direction)
+    def _linearize(self, params, *args):
+        losses, pullback, pushforward = jacobian.linearize(self._losses, params, *args)
+        return self._on_shared(losses, lambda weights: self._mean(pullback(weights)), pushforward)
+
+    def _on_shared(self, losses, pullback, pushforward):
+        return jacobian.Linearization(
+            losses,
+            pullback=lambda weights: _shared(pullback(weights), self.shared),
+            pushforward=lambda direction: pushforward(_shared(direction, self.shared)),
+        )
 
     def _mean(self, gradient):
         return gradient if self.axis_name is None else jax.lax.pmean(gradient, self.axis_name)
+
+
+def representation_value_and_grad(
+    trunk: Callable[..., Any],
+    heads_losses: Callable[..., Any],
+    balancer: optax.GradientTransformation,
+    **options: Any,
+) -> RepresentationValueAndGrad:
+    """As :func:`value_and_grad`, with the task gradients taken at a shared representation.
+
+    For a model whose tasks meet in a representation ``z = trunk(params, batch)``, the gradients
+    ``∂l_k/∂z`` bound those by the parameters (Sener and Koltun's upper bound, MGDA-UB): Gram
+    matrices, norms and slopes are taken over z, with K backward passes through the heads alone.
+    One weighted backward pass through heads and trunk follows.
+
+    Args:
+        trunk: ``trunk(params, *args) -> z``, any pytree of floating point arrays.
+        heads_losses: ``heads_losses(params, z, *args) -> losses (K,)``, or ``(losses, aux)``.
+        balancer: a loss transformation or a chain of them.
+        **options: ``has_aux``, ``features``, ``slopes``, ``gram``, ``axis_name`` and ``heads`` of
+            :func:`value_and_grad`. With ``heads="sum"`` the parameters that ``heads_losses`` reads
+            follow the plain sum of the losses.
+
+    Returns:
+        A callable like that of :func:`value_and_grad`, with ``init`` and ``after``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, bilb
+        >>> trunk = lambda params, x: jnp.tanh(x @ params["trunk"])
+        >>> def heads_losses(params, z, x):
+        ...     return jnp.mean((z @ params["heads"] - jnp.sin(x[:, :2])) ** 2, axis=0)
+        >>> balancer = bilb.chain(bilb.log_losses(), bilb.marigold())
+        >>> value_and_grad = bilb.representation_value_and_grad(trunk, heads_losses, balancer)
+        >>> params = {"trunk": jnp.ones((3, 4)) / 3, "heads": jnp.ones((4, 2)) / 4}
+        >>> x = jnp.arange(15.0).reshape(5, 3) / 10
+        >>> state = value_and_grad.init(params, x)
+        >>> losses, grads, state = jax.jit(value_and_grad)(params, state, x)
+        >>> print(losses.shape, grads["trunk"].shape, state.slopes.shape)
+        (2,) (3, 4) (2,)
+
+    References:
+        Sener and Koltun, *Multi-task learning as multi-objective optimization*, arXiv 1810.04650,
+        section 3.3.
+    """
+    losses_of = lambda split, *args: heads_losses(split[1], split[0], *args)
+    driver = value_and_grad(losses_of, balancer, shared=(True, False), **options)
+    return RepresentationValueAndGrad(trunk, driver)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RepresentationValueAndGrad:
+    """What :func:`representation_value_and_grad` returns."""
+
+    trunk: Callable[..., Any]
+    driver: ValueAndGrad  # of the losses by (representation, parameters)
+
+    def init(self, params: base.PyTree, *args: Any, **extra: Any) -> ValueAndGradState:
+        """Returns the first state."""
+        representation = jax.eval_shape(self.trunk, params, *args)
+        return self.driver.init((representation, params), *args, **extra)
+
+    def __call__(
+        self, params: base.PyTree, state: ValueAndGradState, *args: Any, **extra: Any
+    ) -> tuple[Any, base.PyTree, ValueAndGradState]:
+        """Returns losses (and aux), the gradient by all parameters, and the next state."""
+        for name in ("slope_args", "gram_args"):
+            if name in extra:
+                raise TypeError(
+                    f"{name}= takes derivatives on another batch, whose representation is another: "
+                    "use bilb.value_and_grad for that."
+                )
+        representation, pullback = jax.vjp(lambda p: self.trunk(p, *args), params)
+        losses, (along, of_heads), state = self.driver(
+            (representation, params), state, *args, **extra
+        )
+        (of_trunk,) = pullback(along)
+        return losses, optax.tree.add(of_trunk, of_heads), state
+
+    def after(self, params: base.PyTree, state: ValueAndGradState, *args: Any) -> ValueAndGradState:
+        """Takes the losses of the same batch after the optimiser's step, where they are read."""
+        if state.losses_after is None:
+            return state
+        return self.driver.after((self.trunk(params, *args), params), state, *args)
 
 
 class AggregateByState(NamedTuple):
@@ -247,7 +351,11 @@ class AggregateByState(NamedTuple):
 
 
 def aggregate_by(
-    balancer: optax.GradientTransformation, num_tasks: int
+    balancer: optax.GradientTransformation,
+    num_tasks: int,
+    *,
+    shared: base.PyTree = True,
+    heads: Literal["weighted", "sum"] = "weighted",
 ) -> optax.GradientTransformationExtraArgs:
     """Makes a loss transformation the first link of an optimiser that gets stacked task gradients.
 
@@ -266,6 +374,9 @@ def aggregate_by(
     Args:
         balancer: a loss transformation or a chain of them.
         num_tasks: K; static.
+        shared: bools in a pytree prefix of the parameters, True for those that tasks share: Gram
+            matrices, norms and slopes are taken over them only.
+        heads: what the other parameters follow, as in :func:`value_and_grad`.
 
     Returns:
         An aggregator: ``update(task_gradients, state, params, losses=losses, **extra)``. A balancer
@@ -273,8 +384,8 @@ def aggregate_by(
         needs no ``losses=``.
 
     Raises:
-        ValueError: if ``num_tasks`` < 1, if ``losses`` are not (K,), or a leaf's leading axis is
-            not the number of tasks.
+        ValueError: if ``num_tasks`` < 1, for an unknown ``heads``, if ``losses`` are not (K,), or a
+            leaf's leading axis is not the number of tasks.
         MissingArgument: if ``losses=`` is missing and its values matter.
 
     Example:
@@ -289,6 +400,7 @@ def aggregate_by(
         (2,)
     """
     base.check_number("num_tasks", num_tasks, minimum=1)
+    _check_heads(heads)
     balancer = base.as_link(balancer)
 
     def init_fn(params):
@@ -300,7 +412,8 @@ def aggregate_by(
 
     def update_fn(task_gradients, state, params=None, *, losses=None, **extra):
         jacobian.check_task_gradients(task_gradients, params, num_tasks)
-        gram = functools.cache(lambda: gram_engines.of_rows(task_gradients))
+        shared_rows = _shared(task_gradients, shared)
+        gram = functools.cache(lambda: gram_engines.of_rows(shared_rows))
         given = dict(extra)
         if state.slopes is not None:
             given["slopes"] = state.slopes
@@ -332,12 +445,35 @@ def aggregate_by(
                 )
         losses = jnp.asarray(losses)
         weights, new = weigh(losses.astype(base.at_least_float32(losses.dtype)))
-        combined = jacobian.combine(weights, task_gradients)
-        slopes = None if state.slopes is None else gram_engines.products(task_gradients, combined)
+        combine = lambda weights: jacobian.combine(weights, task_gradients)
+        combined = _with_heads(combine, weights, shared, heads, extra.get("mask"))
+        along = lambda: gram_engines.products(shared_rows, _shared(combined, shared))
+        slopes = None if state.slopes is None else along()
         cast = lambda value: None if value is None else value.astype(dtype)
         return combined, AggregateByState(cast(weights), new, cast(slopes))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _shared(tree, shared):
+    """Returns a tree shaped like the parameters, or its rows, with zeros where not shared."""
+    keep = lambda is_shared, part: part if is_shared else optax.tree.zeros_like(part)
+    return jax.tree.map(keep, shared, tree)
+
+
+def _check_heads(heads):
+    if heads not in ("weighted", "sum"):
+        raise ValueError(f'heads must be "weighted" or "sum"; got {heads!r}.')
+
+
+def _with_heads(combined, weights, shared, heads, mask):
+    """Returns the gradient under the weights, of plain sums where parameters are not shared."""
+    grads = combined(weights)
+    if heads == "weighted":
+        return grads
+    ones = jnp.ones_like(weights)
+    plain = combined(ones if mask is None else jnp.where(mask, ones, 0))
+    return jax.tree.map(lambda is_shared, w, p: w if is_shared else p, shared, grads, plain)
 
 
 def _depends_on_its_argument(function, argument):
