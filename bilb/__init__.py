@@ -21,6 +21,8 @@ from bilb.bilevel.marigold import marigold as marigold
 from bilb.bilevel.routers import Router as Router
 from bilb.chain import ChainState as ChainState
 from bilb.chain import chain as chain
+from bilb.gradient_balancing.mgda import mgda as mgda
+from bilb.gradient_balancing.weighting import GramState as GramState
 from bilb.improvable_gap.igb_v1 import IGBv1State as IGBv1State
 from bilb.improvable_gap.igb_v1 import igb_v1 as igb_v1
 from bilb.improvable_gap.igb_v2 import IGBv2State as IGBv2State
