@@ -12,8 +12,6 @@ from bilb.bilevel import lower_levels as lower_levels
 from bilb.bilevel import routers as routers
 from bilb.bilevel.bilb4mtl import BiLB4MTLState as BiLB4MTLState
 from bilb.bilevel.bilb4mtl import bilb4mtl as bilb4mtl
-from bilb.bilevel.double_loop import DoubleLoopState as DoubleLoopState
-from bilb.bilevel.double_loop import bilb4mtl_double_loop as bilb4mtl_double_loop
 from bilb.bilevel.marigold import AdagradNormState as AdagradNormState
 from bilb.bilevel.marigold import MarigoldState as MarigoldState
 from bilb.bilevel.marigold import adagrad_norm as adagrad_norm
@@ -29,8 +27,6 @@ from bilb.improvable_gap.igb_v2 import IGBv2State as IGBv2State
 from bilb.improvable_gap.igb_v2 import igb_v2 as igb_v2
 from bilb.jacobian import linearize as linearize
 from bilb.jacobian import task_gradients as task_gradients
-from bilb.loss_balancing.auto_lambda import AutoLambdaState as AutoLambdaState
-from bilb.loss_balancing.auto_lambda import auto_lambda as auto_lambda
 from bilb.loss_balancing.cosmos import COSMOSState as COSMOSState
 from bilb.loss_balancing.cosmos import cosmos as cosmos
 from bilb.loss_balancing.dwa import DWAState as DWAState
@@ -38,8 +34,6 @@ from bilb.loss_balancing.dwa import SlidingDWAState as SlidingDWAState
 from bilb.loss_balancing.dwa import dwa as dwa
 from bilb.loss_balancing.famo import FAMOState as FAMOState
 from bilb.loss_balancing.famo import famo as famo
-from bilb.loss_balancing.forum import FORUMState as FORUMState
-from bilb.loss_balancing.forum import forum as forum
 from bilb.loss_balancing.geometric_mean import GeometricMeanState as GeometricMeanState
 from bilb.loss_balancing.geometric_mean import geometric_mean as geometric_mean
 from bilb.loss_balancing.gradnorm import GradNormState as GradNormState
@@ -50,8 +44,6 @@ from bilb.loss_balancing.linear_scalarization import (
     LinearScalarizationState as LinearScalarizationState,
 )
 from bilb.loss_balancing.linear_scalarization import linear_scalarization as linear_scalarization
-from bilb.loss_balancing.moml import MOMLState as MOMLState
-from bilb.loss_balancing.moml import moml as moml
 from bilb.loss_balancing.pbi import PBIState as PBIState
 from bilb.loss_balancing.pbi import pbi as pbi
 from bilb.loss_balancing.rlw import RLWState as RLWState
@@ -80,5 +72,13 @@ from bilb.training import ValueAndGradState as ValueAndGradState
 from bilb.training import aggregate_by as aggregate_by
 from bilb.training import representation_value_and_grad as representation_value_and_grad
 from bilb.training import value_and_grad as value_and_grad
+from bilb.training_steps.auto_lambda import AutoLambdaState as AutoLambdaState
+from bilb.training_steps.auto_lambda import auto_lambda as auto_lambda
+from bilb.training_steps.double_loop import DoubleLoopState as DoubleLoopState
+from bilb.training_steps.double_loop import bilb4mtl_double_loop as bilb4mtl_double_loop
+from bilb.training_steps.forum import FORUMState as FORUMState
+from bilb.training_steps.forum import forum as forum
+from bilb.training_steps.moml import MOMLState as MOMLState
+from bilb.training_steps.moml import moml as moml
 
 __version__ = "0.1.0"

@@ -11,7 +11,7 @@ import scipy.optimize
 
 import bilb
 from bilb.gradient_balancing import solvers
-from bilb.loss_balancing.forum import barrier_weights
+from bilb.training_steps.forum import barrier_weights
 
 K, RATE = 3, 0.05
 assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base, jacobian
+from bilb import base, grams
 from bilb.gradient_balancing import solvers
+from bilb.training_steps.step import move, training_losses, training_step, virtual_step
 
 
 class MOMLState(NamedTuple):
@@ -84,10 +85,7 @@ def moml(
     """
     base.check_number("inner_learning_rate", inner_learning_rate, minimum=0, exclusive=True)
 
-    def init(params, batch, validation_batch=None):
-        del validation_batch
-        num_tasks, dtype = base.check_losses(jax.eval_shape(task_losses, params, batch))
-        dtype = jnp.promote_types(dtype, jnp.float32)
+    def init(params, num_tasks, dtype):
         logits = jnp.zeros(num_tasks, dtype)
         return MOMLState(
             step=base.new_step(),
@@ -101,37 +99,26 @@ def moml(
     def update(params, state, batch, validation_batch):
         rate = base.at_step(inner_learning_rate, state.step)
         weights, softmax_pullback = jax.vjp(jax.nn.softmax, state.logits)
-        losses, pullback, pushforward = jacobian.linearize(task_losses, params, batch)
-        inner_step = jax.tree.map(lambda g: -rate * g, pullback(weights))
-        inner_params = optax.apply_updates(params, inner_step)
-        _, validation_pullback, _ = jacobian.linearize(task_losses, inner_params, validation_batch)
-
-        def hypergradient(task):
-            products = pushforward(validation_pullback(task)).astype(weights.dtype)
-            return softmax_pullback(-rate * products)[0]
-
-        hypergradients = jax.lax.map(hypergradient, jnp.eye(*2 * weights.shape, dtype=losses.dtype))
-        gram = jnp.matmul(hypergradients, hypergradients.T, precision="highest")
+        ahead = virtual_step(task_losses, params, weights, rate, batch, validation_batch)
+        of_task = lambda one_hot: softmax_pullback(ahead.hypergradient(one_hot))[0]
+        hypergradients = jax.lax.map(of_task, jnp.eye(*weights.shape, dtype=weights.dtype))
+        gram = grams.of_rows(hypergradients)
         multipliers = solvers.min_norm_weights(gram)
         direction = multipliers @ hypergradients
         # Adam would blow the rounding error of a vanishing direction up to full steps.
         noise = 10 * jnp.finfo(gram.dtype).eps * jnp.max(jnp.diagonal(gram))
         direction = jnp.where(direction @ direction > noise, direction, 0.0)
 
-        logits_updates, logits_opt_state = logits_optimizer.update(
-            direction, state.logits_opt_state, state.logits
+        logits, logits_opt_state = move(
+            logits_optimizer, direction, state.logits, state.logits_opt_state
         )
-        logits = optax.apply_updates(state.logits, logits_updates)
         weights = jax.nn.softmax(logits)
-        updates, opt_state = optimizer.update(pullback(weights), state.opt_state, params)
-        new_state = MOMLState(
-            step=optax.safe_increment(state.step),
+        new_state = state._replace(
             logits=logits,
             weights=weights,
             multipliers=multipliers,
-            opt_state=opt_state,
             logits_opt_state=logits_opt_state,
         )
-        return optax.apply_updates(params, updates), new_state, losses
+        return ahead.pullback(weights), new_state, ahead.losses
 
-    return base.TrainingStep(init, update)
+    return training_step(training_losses(task_losses), optimizer, init, update)

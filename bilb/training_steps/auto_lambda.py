@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base, jacobian
+from bilb import base
+from bilb.training_steps.step import move, training_losses, training_step, virtual_step
 
 
 class AutoLambdaState(NamedTuple):
@@ -86,12 +87,9 @@ def auto_lambda(
     base.check_number("primary", primary)
     base.check_number("initial", initial, minimum=0)
 
-    def init(params, batch, validation_batch=None):
-        del validation_batch
-        num_tasks, dtype = base.check_losses(jax.eval_shape(task_losses, params, batch))
+    def init(params, num_tasks, dtype):
         base.check_per_task("primary", primary, num_tasks)
-        start = base.check_per_task("initial", initial, num_tasks)
-        weights = jnp.array(start, jnp.promote_types(dtype, jnp.float32), copy=True)
+        weights = jnp.array(base.check_per_task("initial", initial, num_tasks), dtype, copy=True)
         return AutoLambdaState(
             step=base.new_step(),
             weights=weights,
@@ -101,27 +99,15 @@ def auto_lambda(
 
     def update(params, state, batch, validation_batch):
         rate = base.at_step(inner_learning_rate, state.step)
-        weights = state.weights
-        losses, pullback, pushforward = jacobian.linearize(task_losses, params, batch)
-        virtual_step = jax.tree.map(lambda g: -rate * g, pullback(weights))
-        virtual_params = optax.apply_updates(params, virtual_step)
-        _, validation_pullback, _ = jacobian.linearize(
-            task_losses, virtual_params, validation_batch
+        ahead = virtual_step(task_losses, params, state.weights, rate, batch, validation_batch)
+        hypergradient = ahead.hypergradient(
+            base.check_per_task("primary", primary, state.weights.shape[0])
         )
-        primary_weights = base.check_per_task("primary", primary, weights.shape[0])
-        hypergradient = -rate * pushforward(validation_pullback(primary_weights))
+        weights, weights_opt_state = move(
+            weights_optimizer, hypergradient, state.weights, state.weights_opt_state
+        )
+        weights = jnp.maximum(weights, 0.0)
+        new_state = state._replace(weights=weights, weights_opt_state=weights_opt_state)
+        return ahead.pullback(weights), new_state, ahead.losses
 
-        weights_updates, weights_opt_state = weights_optimizer.update(
-            hypergradient.astype(weights.dtype), state.weights_opt_state, weights
-        )
-        weights = jnp.maximum(optax.apply_updates(weights, weights_updates), 0.0)
-        updates, opt_state = optimizer.update(pullback(weights), state.opt_state, params)
-        new_state = AutoLambdaState(
-            step=optax.safe_increment(state.step),
-            weights=weights,
-            opt_state=opt_state,
-            weights_opt_state=weights_opt_state,
-        )
-        return optax.apply_updates(params, updates), new_state, losses
-
-    return base.TrainingStep(init, update)
+    return training_step(training_losses(task_losses), optimizer, init, update)

@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base, jacobian
+from bilb import base, grams, jacobian
 from bilb.gradient_balancing import solvers
+from bilb.training_steps.step import descend, move, training_losses, training_step
 
 
 class FORUMState(NamedTuple):
@@ -32,7 +33,7 @@ class FORUMState(NamedTuple):
     step: jax.Array  # () int32
     logits: jax.Array  # (K,) α
     weights: jax.Array  # (K,) the weights softmax(α) just used; 1 / K at first
-    multipliers: jax.Array  # (K,) the averaged λ; 0 at first
+    multipliers: jax.Array  # (K,) the averaged λ, of sum 1; 1 / K at first
     opt_state: optax.OptState  # of the model's optimiser
     logits_opt_state: optax.OptState
 
@@ -66,8 +67,10 @@ def forum(
         inner_steps: T >= 1, default 5 as in the official code; static.
         rho: ρ >= 0, the relative decrease of q; a number, a traced scalar or a schedule. Default
             0.1, as in the official code.
-        averaging: β in ``λ ← λ + β (λ* - λ)``, a number, a traced scalar or a schedule. The default
-            is ``(step + 1)^(-3/4)``; the official code counts epochs instead of steps.
+        averaging: β in ``λ ← λ + β (λ* - λ)``, in [0, 1]; a number, a traced scalar or a schedule.
+            The default is ``(step + 1)^(-3/4)``; the official code counts epochs instead of steps.
+            λ starts at 1 / K, so that it sums to 1 whatever β is. The official code starts at zero,
+            which is the same for its β of 1 at first.
         normalize: whether the ∇v_j are divided by their norms, as in the official code; static.
         logits_optimizer: Optax optimiser of α; default Adam at the official 1e-3.
 
@@ -100,16 +103,13 @@ def forum(
     base.check_number("rho", rho, minimum=0)
     base.check_number("averaging", averaging, minimum=0, maximum=1)
 
-    def init(params, batch, validation_batch=None):
-        del validation_batch
-        num_tasks, dtype = base.check_losses(jax.eval_shape(task_losses, params, batch))
-        dtype = jnp.promote_types(dtype, jnp.float32)
+    def init(params, num_tasks, dtype):
         logits = jnp.zeros(num_tasks, dtype)
         return FORUMState(
             step=base.new_step(),
             logits=logits,
             weights=jnp.full(num_tasks, 1 / num_tasks, dtype),
-            multipliers=jnp.zeros(num_tasks, dtype),
+            multipliers=jnp.full(num_tasks, 1 / num_tasks, dtype),
             opt_state=optimizer.init(params),
             logits_opt_state=logits_optimizer.init(logits),
         )
@@ -117,59 +117,49 @@ def forum(
     def update(params, state, batch, validation_batch):
         dtype = state.logits.dtype
         weights, softmax_pullback = jax.vjp(jax.nn.softmax, state.logits)
+        f_gradient = lambda p: jacobian.linearize(task_losses, p, batch)[1](weights)
         losses, pullback, _ = jacobian.linearize(task_losses, params, batch)
-        f_gradient = pullback(weights)
-        inner_params = _descend(
-            lambda p: jacobian.linearize(task_losses, p, batch)[1](weights),
-            params,
-            base.at_step(inner_learning_rate, state.step),
-            inner_steps,
-        )
+        descent = optax.sgd(base.at_step(inner_learning_rate, state.step))
+        inner_params, _ = descend(descent, f_gradient, params, descent.init(params), inner_steps)
         inner_losses = task_losses(inner_params, batch)
         # The gradient of q, in α and in θ, as a unit vector and its length.
-        q_logits = softmax_pullback((losses - inner_losses).astype(dtype))[0]
-        q_norm = optax.tree.norm((q_logits, f_gradient)).astype(dtype)
+        q_gradient = softmax_pullback((losses - inner_losses).astype(dtype))[0], pullback(weights)
+        q_norm = optax.tree.norm(q_gradient).astype(dtype)
         safe_norm = jnp.where(q_norm == 0, 1.0, q_norm)
-        q_logits, q_params = jax.tree.map(
-            lambda g: (g / safe_norm).astype(g.dtype), (q_logits, f_gradient)
-        )
+        q_logits, q_params = jax.tree.map(lambda g: (g / safe_norm).astype(g.dtype), q_gradient)
 
-        _, validation_pullback, validation_pushforward = jacobian.linearize(
-            task_losses, params, validation_batch
+        validation = jacobian.Linearization(
+            *jacobian.linearize(task_losses, params, validation_batch)
         )
-        column = lambda task: validation_pushforward(validation_pullback(task))
-        gram = jax.lax.map(column, jnp.eye(*2 * losses.shape, dtype=losses.dtype)).astype(dtype)
-        slopes = validation_pushforward(q_params).astype(dtype)
-        lengths = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0.0)) if normalize else 1.0
-        scale = 1.0 / (lengths + _SMALLEST_NORM) if normalize else jnp.ones(losses.shape, dtype)
+        gram = grams.of_linearization(validation)
+        slopes = validation.pushforward(q_params).astype(dtype)
+        lengths = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0.0))
+        scale = 1.0 / (lengths + _SMALLEST_NORM) if normalize else jnp.ones_like(lengths)
         gram, slopes = scale[:, None] * gram * scale, scale * slopes
 
         decrease = base.at_step(rho, state.step) * q_norm
         best = barrier_weights(gram, slopes, decrease)
-        change = base.at_step(averaging, state.step) * (best - state.multipliers)
-        multipliers = state.multipliers + change
+        share = base.at_step(averaging, state.step)
+        multipliers = state.multipliers + share * (best - state.multipliers)
         nu = jnp.maximum(decrease - multipliers @ slopes, 0.0)  # for the unit vector of ∇q
 
         gradient = jax.tree.map(
             lambda v, q: v + (nu * q).astype(v.dtype),
-            validation_pullback(multipliers * scale),
+            validation.pullback(multipliers * scale),
             q_params,
         )
-        updates, opt_state = optimizer.update(gradient, state.opt_state, params)
-        logits_updates, logits_opt_state = logits_optimizer.update(
-            nu * q_logits, state.logits_opt_state, state.logits
+        logits, logits_opt_state = move(
+            logits_optimizer, nu * q_logits, state.logits, state.logits_opt_state
         )
-        new_state = FORUMState(
-            step=optax.safe_increment(state.step),
-            logits=optax.apply_updates(state.logits, logits_updates),
+        new_state = state._replace(
+            logits=logits,
             weights=weights,
             multipliers=multipliers,
-            opt_state=opt_state,
             logits_opt_state=logits_opt_state,
         )
-        return optax.apply_updates(params, updates), new_state, losses
+        return gradient, new_state, losses
 
-    return base.TrainingStep(init, update)
+    return training_step(training_losses(task_losses), optimizer, init, update)
 
 
 _SMALLEST_NORM = 1e-8  # added to the norms, as in the official code
@@ -203,10 +193,3 @@ def barrier_weights(gram: jax.Array, slopes: jax.Array, decrease: jax.Array) -> 
     largest = jnp.maximum(decrease - jnp.min(slopes), 0.0)
     bounds = jnp.zeros_like(largest), largest
     return weights_at(jax.lax.fori_loop(0, jnp.finfo(gram.dtype).nmant, halve, bounds)[1])
-
-
-def _descend(gradient, params, rate, steps):
-    def step(_, params):
-        return optax.apply_updates(params, jax.tree.map(lambda g: -rate * g, gradient(params)))
-
-    return jax.lax.fori_loop(0, steps, step, params)

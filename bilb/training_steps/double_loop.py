@@ -22,6 +22,7 @@ import optax
 from bilb import base
 from bilb.bilevel import discrepancies, routers
 from bilb.bilevel.bilb4mtl import balanced_losses
+from bilb.training_steps.step import descend, move, training_step
 
 
 class DoubleLoopState(NamedTuple):
@@ -99,10 +100,7 @@ def bilb4mtl_double_loop(
     base.check_number("penalty", penalty, minimum=0)
     balance = balanced_losses(router, discrepancy, weighted=weighted, divisor=divisor)
 
-    def init(params, *args):
-        losses = jax.eval_shape(task_losses, params, *args)
-        num_tasks, dtype = base.check_losses(losses)
-        dtype = jnp.promote_types(dtype, jnp.float32)
+    def init(params, num_tasks, dtype):
         parameters = router.init(num_tasks, dtype)
         return DoubleLoopState(
             step=base.new_step(),
@@ -121,14 +119,9 @@ def bilb4mtl_double_loop(
         def scalarised(parameters, z):
             return balance(parameters, task_losses(z, *args), None, None, 0.0)[0].sum()
 
-        def inner_step(carry, _):
-            z, opt_state = carry
-            gradient = jax.grad(scalarised, argnums=1)(state.router, z)
-            updates, opt_state = inner_optimizer.update(gradient, opt_state, z)
-            return (optax.apply_updates(z, updates), opt_state), None
-
-        (z, inner_opt_state), _ = jax.lax.scan(
-            inner_step, (state.inner_params, state.inner_opt_state), length=inner_steps
+        by_z = lambda z: jax.grad(scalarised, argnums=1)(state.router, z)
+        z, inner_opt_state = descend(
+            inner_optimizer, by_z, state.inner_params, state.inner_opt_state, inner_steps
         )
 
         def objective(params, parameters):
@@ -137,22 +130,19 @@ def bilb4mtl_double_loop(
             value = balanced.sum() - scalarised(parameters, jax.lax.stop_gradient(z))
             return value, (losses, weights)
 
-        (gradient, router_gradient), (losses, weights) = jax.grad(
+        (gradient, by_router), (losses, weights) = jax.grad(
             objective, argnums=(0, 1), has_aux=True
         )(params, state.router)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, params)
-        router_updates, router_opt_state = router_optimizer.update(
-            router_gradient, state.router_opt_state, state.router
+        parameters, router_opt_state = move(
+            router_optimizer, by_router, state.router, state.router_opt_state
         )
-        new_state = DoubleLoopState(
-            step=optax.safe_increment(state.step),
-            router=optax.apply_updates(state.router, router_updates),
+        new_state = state._replace(
+            router=parameters,
             weights=weights,
             inner_params=z,
-            opt_state=opt_state,
             inner_opt_state=inner_opt_state,
             router_opt_state=router_opt_state,
         )
-        return optax.apply_updates(params, updates), new_state, losses
+        return gradient, new_state, losses
 
-    return base.TrainingStep(init, update)
+    return training_step(task_losses, optimizer, init, update)

@@ -1,0 +1,1 @@
+"""Methods that evaluate the model themselves, so that each is a whole training step."""
