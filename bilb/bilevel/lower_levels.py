@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from bilb import base
@@ -28,8 +29,9 @@ class LowerLevel(NamedTuple):
         weights: ``(λ, product, present) -> v`` (K,), the weights of the direction ``Jᵀ v``.
         gradient: ``(λ, product, memory, present) -> (∂h/∂λ, memory)``; ``product(w)`` is ``G w``,
             and ``memory`` a running scalar, 0 at first.
-        project: onto the feasible set of λ; absent tasks arrive as large negative numbers.
-        on_simplex: whether λ sums to 1.
+        project: onto the feasible set of λ; absent tasks arrive as large negative numbers, and what
+            it returns for them does not matter.
+        on_simplex: whether λ sums to 1; False needs ``scheme="projection"``.
         logarithmic: whether the gradient is one for log λ.
         lagged: whether one product at v(λ) per step is enough, so that the slopes of the step
             just taken serve; otherwise ``slope_fn`` is needed.
@@ -95,7 +97,8 @@ def cagrad(c: float | jax.Array = 0.4) -> LowerLevel:
         norm = lambda square: jnp.sqrt(jnp.maximum(square, 0.0))
         norm_mean, norm_lam = norm(mean @ of_mean), norm(lam @ of_lam)
         ratio = c * norm_mean / jnp.where(norm_lam > 0, norm_lam, 1.0)
-        return mean, of_mean, of_lam, jnp.where(norm_lam > 0, ratio, 0.0)
+        usable = (norm_lam > 0) & jnp.isfinite(ratio)
+        return mean, of_mean, of_lam, jnp.where(usable, ratio, 0.0)
 
     def weights(lam, product, present):
         mean, _, _, ratio = products(lam, product, present)
@@ -159,14 +162,16 @@ def dualproj(cap: float | jax.Array = 100.0) -> LowerLevel:
     """
     base.check_number("cap", cap, minimum=0, exclusive=True)
 
-    def weights(lam, product, present):
-        return jnp.where(present, jnp.maximum(lam, _uniform(present, lam.dtype)), 0.0)
+    def project(lam):
+        present = lam > absent(lam.dtype) / 2
+        return jnp.clip(lam, 1.0 / jnp.maximum(present.sum(), 1), cap)
 
-    def gradient(lam, product, memory, present):
-        return product(weights(lam, product, present)), memory
+    return mgda()._replace(project=project, on_simplex=False)
 
-    project = lambda lam: jnp.clip(lam, 1.0 / lam.shape[0], cap)
-    return LowerLevel(weights, gradient, project, on_simplex=False)
+
+def absent(dtype: np.dtype) -> float:
+    """Returns the large negative number that stands for an absent task's λ in ``project``."""
+    return -(float(jnp.finfo(dtype).max) ** 0.5)
 
 
 def _uniform(present, dtype):

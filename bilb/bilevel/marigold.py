@@ -65,9 +65,12 @@ def marigold(
 
     The single loop ends on the Pareto set at a point between equal weights and MGDA's, closer to
     MGDA's the faster the weights move relative to the model; ``inner_steps`` of 20 to 50 gives
-    MGDA. A slope that is not finite teaches nothing of its task, and slopes beyond 2e16 (float32)
-    count as that. A task learns from each step in which it was present, also where the next call's
-    mask leaves it out. With a mask the weights of the present tasks are scaled to sum to one.
+    MGDA. The weights are not negative and sum to one, with a mask over the present tasks, but for
+    "cagrad" (their sum is ``(1 + c ‖g_0‖ / ‖Jᵀ λ‖) / (1 + c²)``) and "dualproj".
+
+    A slope that is not finite teaches nothing of its task, and slopes beyond 2e16 (float32) count
+    as that; where ``slope_fn`` returns one that is not finite, nothing is learnt. A task learns
+    from each step in which it was present, also where the next call's mask leaves it out.
 
     Args:
         lower: the lower-level problem: "mgda", "sdmgrad", "cagrad", "nash", "fairgrad",
@@ -127,8 +130,8 @@ def marigold(
     if lower.logarithmic and scheme == "projection":
         raise ValueError(f'{name} needs scheme="softmax" or "exponentiated"; got {scheme!r}.')
     base.check_number("inner_steps", inner_steps, minimum=1)
-    base.check_number("regularization", regularization, minimum=0)
-    base.check_number("max_logit", max_logit, minimum=0, exclusive=True)
+    base.check_number("regularization", regularization, minimum=0, schedule=True)
+    base.check_number("max_logit", max_logit, minimum=0, exclusive=True, schedule=True)
     lagged = lower.lagged and inner_steps == 1
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -144,38 +147,39 @@ def marigold(
             opt_state=optimizer.init(point),
         )
 
-    def simplex(point, present):
-        """λ, scaled to the present tasks."""
+    def feasible(point, present):
+        """λ of the present tasks, scaled to them; 0 for the others."""
         if scheme != "projection":
-            lam = jax.nn.softmax(point, where=present)
-            return jnp.where(present, lam, 0.0)
-        lam = jnp.where(present, point, 0.0)
+            return jnp.where(present, jax.nn.softmax(point, where=present), 0.0)
         if not lower.on_simplex:
-            return lam
+            return project(point, present)
+        lam = jnp.where(present, point, 0.0)
         total = lam.sum()
         uniform = present / jnp.maximum(present.sum(), 1)
         return jnp.where(total > 0, lam / jnp.where(total > 0, total, 1.0), uniform)
 
-    def move(state, updates, present):
+    def project(point, present):
+        far = lower_levels.absent(point.dtype)
+        return jnp.where(present, lower.project(jnp.where(present, point, far)), 0.0)
+
+    def move(state, lam, updates, present):
         """The point after a step, on the feasible set."""
-        point = state.point + updates
         if scheme == "projection":
-            far = -(jnp.finfo(point.dtype).max ** 0.5)
-            return lower.project(jnp.where(present, point, far))
+            return project(lam + updates, present)
+        point = jnp.where(present, state.point + updates, state.point)
         bound = base.at_step(max_logit, state.step)
         return jnp.clip(point - point.mean(), -bound, bound)
 
     def learn(state, product, present):
         """One step on λ for the tasks that are present; ``product(w)`` is ``G w``."""
-        bounded = lambda weights: base.bounded_gradient(product(weights))
         rho = base.at_step(regularization, state.step)
-        lam = simplex(state.point, present)
-        gradient, memory = lower.gradient(lam, bounded, state.memory, present)
+        lam = feasible(state.point, present)
+        gradient, memory = lower.gradient(lam, product, state.memory, present)
         gradient = jnp.where(present, gradient + rho * lam, 0.0)
         if scheme == "softmax" and not lower.logarithmic:
             gradient = lam * (gradient - lam @ gradient)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.point)
-        point = move(state, updates, present)
+        point = move(state, lam, updates, present)
         new = state._replace(point=point, opt_state=opt_state, memory=memory)
         taught = present & jnp.isfinite(gradient).all()
         return base.learn_where(
@@ -185,12 +189,14 @@ def marigold(
     def update(losses, state, *, mask, slopes=None, taught=None, slope_fn=None, **_):
         present = base.present(losses, mask)
         if lagged:
-            learnt = learn(state, lambda _: slopes, taught)
+            product = None
+            learnt = learn(state, lambda _: base.bounded_gradient(slopes), taught)
         else:
-            inner = lambda carry, _: (learn(carry, slope_fn, present), None)
+            product = lambda weights: base.bounded_gradient(slope_fn(weights))
+            inner = lambda carry, _: (learn(carry, product, present), None)
             learnt, _ = jax.lax.scan(inner, state, length=inner_steps)
-        lam = simplex(learnt.point, present)
-        weights = jax.lax.stop_gradient(lower.weights(lam, slope_fn, present))
+        lam = feasible(learnt.point, present)
+        weights = jax.lax.stop_gradient(lower.weights(lam, product, present))
         weights = jnp.where(present, weights, 0.0)
         return weights * losses, learnt._replace(
             step=optax.safe_increment(state.step),
