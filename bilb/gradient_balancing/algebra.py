@@ -1,0 +1,70 @@
+"""Operations on K tasks that several methods of this folder share."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilb import base
+
+
+class Spectrum(NamedTuple):
+    """The eigenvalues and eigenvectors of a Gram matrix."""
+
+    values: jax.Array  # (K,) in ascending order
+    vectors: jax.Array  # (K, K), in columns
+    kept: jax.Array  # (K,) bool, the eigenvalues that rounding cannot have made
+
+
+def spectrum(gram: jax.Array) -> Spectrum:
+    """Returns the spectrum of a Gram matrix; eigenvalues below ``K ε`` of the largest are zero."""
+    values, vectors = jnp.linalg.eigh(gram)
+    noise = values[-1] * gram.shape[0] * jnp.finfo(gram.dtype).eps
+    return Spectrum(values, vectors, values > jnp.maximum(noise, 0.0))
+
+
+def cosines(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the norms (K,) of the rows of J and their cosines (K, K), 0 for rows that are zero.
+
+    The cosines say the same as the Gram matrix about directions, whatever the scales of the tasks.
+    """
+    squares = jnp.diagonal(gram)
+    norms = jnp.sqrt(jnp.where(squares > 0, squares, 0.0))
+    divisors = jnp.where(norms > 0, norms, 1.0)
+    return norms, gram / divisors[:, None] / divisors
+
+
+def divide(values: jax.Array, norms: jax.Array) -> jax.Array:
+    """Returns values (K,) for unit rows as values for the rows themselves, 0 for zero rows."""
+    return jnp.where(norms > 0, values / jnp.where(norms > 0, norms, 1.0), 0.0)
+
+
+def onto_simplex(point: jax.Array, present: jax.Array) -> jax.Array:
+    """Returns the closest point of the simplex of the present tasks, 0 for the others."""
+    top = jnp.max(point, where=present, initial=-jnp.inf)
+    # Relative to the largest entry, so that no size of the others costs the sum its digits.
+    far = -(jnp.finfo(point.dtype).max ** 0.5)
+    shifted = jnp.where(present, point - jnp.where(present.any(), top, 0.0), far)
+    return jnp.where(present, optax.projections.projection_simplex(shifted), 0.0)
+
+
+def uniform(num_tasks: int, dtype: Any) -> jax.Array:
+    """Returns equal weights of sum 1, the memory at first of methods that keep weights."""
+    return jnp.full(num_tasks, 1 / num_tasks, dtype)
+
+
+def preference_of(preference: Any, default: Any, present: jax.Array, dtype: Any) -> jax.Array:
+    """Returns a preference (K,), one number or one per task, 0 for absent tasks."""
+    preference = default if preference is None else preference
+    preference = base.check_per_task("preference", preference, present.shape[0])
+    return jnp.where(present, preference.astype(dtype), 0.0)
+
+
+def random_orders(key: jax.Array, num_tasks: int) -> jax.Array:
+    """Returns for every task the other tasks in random order, (K, K - 1)."""
+    tasks = jnp.arange(num_tasks)
+    others = (tasks[:, None] + tasks[1:]) % num_tasks
+    return jax.random.permutation(key, others, axis=1, independent=True)
