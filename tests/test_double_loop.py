@@ -21,13 +21,13 @@ def lower_level_solution(weights):
     return (weights[:, None] * A * C).sum(0) / (weights[:, None] * A).sum(0)
 
 
-def make(inner_steps, **kwargs):
+def make(inner_steps, task_losses=task_losses, penalty=PENALTY, **kwargs):
     return bilb.bilb4mtl_double_loop(
         task_losses,
         optax.sgd(0.01),
         inner_optimizer=optax.sgd(0.2),
         inner_steps=inner_steps,
-        penalty=PENALTY,
+        penalty=penalty,
         router_optimizer=optax.sgd(0.1),
         **kwargs,
     )
@@ -101,7 +101,34 @@ def test_state_is_stable_and_can_be_donated():
     assert update._cache_size() == 1
 
 
-@pytest.mark.parametrize("bad", [{"inner_steps": -1}, {"inner_steps": 2, "divisor": "mean"}])
-def test_bad_options(bad):
-    with pytest.raises(ValueError, match=r"-1|mean"):
-        make(**bad)
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        ({"inner_steps": -1}, "inner_steps must be >= 0; got -1"),
+        ({"divisor": "mean"}, "mean"),
+        ({"penalty": -1.0}, "penalty must be >= 0; got -1"),
+        ({"penalty": jnp.ones(2)}, r"\(2,\).*penalty must be one number"),
+    ],
+)
+def test_bad_options(bad, match):
+    with pytest.raises(ValueError, match=match):
+        make(**{"inner_steps": 2, **bad})
+
+
+def test_one_backward_pass_for_the_model_and_one_per_inner_step():
+    """And one forward pass more, of the losses at z."""
+    params = {"hidden": jnp.ones((3, 64, 64)), "heads": jnp.ones((64, 2))}
+
+    def network_losses(params, inputs):
+        for kernel in params["hidden"]:
+            inputs = jnp.tanh(inputs @ kernel)
+        return jnp.mean((inputs @ params["heads"]) ** 2, axis=0)
+
+    inputs = jnp.ones((64, 64))
+    flops = lambda f, *args: jax.jit(f).lower(*args).compile().cost_analysis()["flops"]
+    forward = flops(network_losses, params, inputs)
+    both = flops(jax.grad(lambda *args: network_losses(*args).sum()), params, inputs)
+    for inner_steps in (0, 1):  # a loop counts once, whatever its length
+        training = make(inner_steps, task_losses=network_losses)
+        step = flops(training.update, params, training.init(params, inputs), inputs)
+        assert step / forward == pytest.approx((inner_steps + 1) * both / forward + 1, abs=0.1)

@@ -11,7 +11,7 @@ import bilb
 NUM_TASKS, STEPS = 5, 10_000
 BALANCERS = {
     "marigold": bilb.marigold(),
-    "marigold-log": bilb.marigold(transform=jnp.log),
+    "marigold-log": bilb.chain(bilb.log_losses(), bilb.marigold()),
     "marigold-projection": bilb.marigold(scheme="projection", optimizer=bilb.adagrad_norm()),
     "marigold-exponentiated": bilb.marigold(scheme="exponentiated", optimizer=optax.sgd(1e-3)),
     "marigold-sdmgrad": bilb.marigold("sdmgrad"),
@@ -21,6 +21,7 @@ BALANCERS = {
         "dualproj", scheme="projection", optimizer=bilb.adagrad_norm()
     ),
     "famo": bilb.famo(),
+    "gradnorm": bilb.gradnorm(),
     "igb_v1": bilb.igb_v1(base_start=100, base_steps=100),
 }
 
@@ -35,9 +36,14 @@ def test_states_stay_finite_and_weights_non_negative(name):
 
     def step(state, inputs):
         losses, other, sign = inputs
-        extra = {"slopes": sign * other, "losses_after": other}
+        about = {
+            "marigold": {"slopes": sign * other},
+            "famo": {"losses_after": other},
+            "gradnorm": {"gradient_norms": other},
+        }
+        extra = about.get(name.split("-")[0], {})
         balanced, state = balancer.update(losses, state, **extra)
-        return state, (balanced, state.weights)
+        return state, (balanced, optax.tree.get(state, "weights"))
 
     inputs = spread(keys[0]), spread(keys[1]), sign
     run = jax.jit(lambda state: jax.lax.scan(step, state, inputs))
@@ -45,5 +51,5 @@ def test_states_stay_finite_and_weights_non_negative(name):
     assert_finite((state, balanced))
     assert (weights >= 0).all()
     if name != "marigold-dualproj":
-        total = NUM_TASKS if name == "igb_v1" else 1
+        total = NUM_TASKS if name in ("igb_v1", "gradnorm") else 1
         assert jnp.allclose(weights.sum(1), total, rtol=1e-4)

@@ -7,6 +7,7 @@ import optax
 import pytest
 import toy
 from conftest import oracle, oracle_names, relative_deviation
+from contract import jit
 
 import bilb
 
@@ -115,14 +116,29 @@ def test_first_call_learns_nothing():
         np.testing.assert_array_equal(old, new)
 
 
-def test_a_loss_at_its_bound_stays_finite():
-    balancer = bilb.famo(min_losses=1.0)
-    losses = jnp.array([1.0, 0.5, 3.0])
-    state = balancer.init(losses)
+@pytest.mark.parametrize("at", [1.0, 0.5])
+def test_a_loss_at_or_below_its_bound_is_left_out(at):
+    """It has no gradient, and the others move on as they would without it."""
+    balancer, alone = bilb.famo(min_losses=1.0), bilb.famo(min_losses=1.0)
+
+    def objective(losses, balancer, state, losses_after):
+        balanced, state = balancer.update(losses, state, losses_after=losses_after)
+        return balanced.sum(), state
+
+    step = jit(jax.value_and_grad(objective, has_aux=True), static_argnums=1)
+    losses, others = jnp.array([2.0, at, 4.0]), jnp.array([2.0, 4.0])
+    state, without = balancer.init(losses), alone.init(others)
     for _ in range(3):
-        balanced, state = balancer.update(losses, state, losses_after=losses)
-    assert np.isfinite(balanced).all()
-    assert np.isfinite(jax.tree.leaves(state.opt_state)[0]).all()
+        (value, state), gradient = step(losses, balancer, state, losses / 2 + 1)
+        (expected, without), desired = step(others, alone, without, others / 2 + 1)
+        assert gradient[1] == 0
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((value, state)))
+        ratio = gradient[0] / gradient[2]
+        if state.step == 1:
+            np.testing.assert_allclose(gradient[::2], desired, rtol=1e-5)
+            np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient[::2].sum() / desired.sum(), 1.0, rtol=0.05)
+    assert 1 < ratio < 10
 
 
 def test_a_task_that_was_absent_then_teaches_nothing_now():
@@ -135,6 +151,53 @@ def test_a_task_that_was_absent_then_teaches_nothing_now():
     _, learnt = balancer.update(losses, state, losses_after=after)
     assert learnt.logits[1] == state.logits[1]
     assert learnt.logits[0] < 0 < learnt.logits[2]
+
+
+def test_learns_from_steps_that_the_next_mask_leaves_out():
+    """Tasks 0 and 1 are present at even steps only, task 2 at odd ones."""
+    balancer, losses = bilb.famo(), jnp.ones(3)
+    state = balancer.init(losses)
+    update = jit(balancer.update)
+    for step in range(20):
+        mask = jnp.array([True, True, False]) ^ (step % 2 == 1)
+        _, state = update(losses, state, mask=mask, losses_after=jnp.array([0.5, 0.9, 0.7]))
+    assert state.logits[0] < -0.1 < 0.1 < state.logits[1]
+    assert state.logits[2] == 0
+
+
+def test_gamma_may_be_a_schedule_of_the_steps_learnt():
+    losses, after = jnp.array([1.0, 2.0]), jnp.array([0.5, 1.9])
+
+    def logits(gamma, steps):
+        balancer = bilb.famo(gamma=gamma)
+        state = balancer.init(losses)
+        update = jit(balancer.update)
+        for _ in range(steps):
+            _, state = update(losses, state, losses_after=after)
+        return state.logits
+
+    late = lambda count: jnp.where(count < 2, 0.0, 0.5)
+    np.testing.assert_array_equal(logits(late, 3), logits(0.0, 3))
+    assert jnp.abs(logits(late, 4) - logits(0.0, 4)).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"gamma": -1.0}, "gamma must be >= 0; got -1"),
+        ({"gamma": 0.01, "optimizer": optax.adam(0.1)}, r"gamma=0\.01 beside another"),
+        ({"min_losses": jnp.nan}, "min_losses"),
+        ({"min_losses": jnp.ones(3)}, "min_losses must be one number or have an entry per task"),
+    ],
+)
+def test_bad_options(options, match):
+    with pytest.raises(ValueError, match=match):
+        bilb.famo(**options).init(jnp.ones(2))
+
+
+def test_bounds_take_no_schedule():
+    with pytest.raises(TypeError, match="min_losses takes no schedule"):
+        bilb.famo(min_losses=lambda step: 0.0)
 
 
 def test_says_how_to_supply_losses_after():

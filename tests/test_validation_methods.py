@@ -233,6 +233,46 @@ def test_forum_descends_on_the_validation_losses_within_the_barrier(normalize):
     assert value(step) <= value(others).min() + 1e-6
 
 
+@pytest.mark.x64
+def test_forum_moves_by_its_averaged_multipliers():
+    """They sum to one from the first step on, and ν is that of the average, not of λ*."""
+    share, rho = 0.3, 0.5
+    training = bilb.forum(
+        distances,
+        optax.sgd(1.0),
+        inner_learning_rate=0.1,
+        inner_steps=1,
+        rho=rho,
+        averaging=share,
+        normalize=False,
+        logits_optimizer=optax.sgd(1.0),
+    )
+    x, start = jnp.array([0.2, 0.1]), jnp.full(2, 0.5)
+    state = training.init(x, TARGETS)
+    new_x, new, _ = jax.jit(training.update)(x, state, TARGETS, VALIDATION)
+    np.testing.assert_array_equal(state.multipliers, start)
+    # Equal weights put θ_T at 0.9 x.
+    falls = distances(x, TARGETS) - distances(0.9 * x, TARGETS)
+    of_q = jnp.append(0.5 * (falls - falls.mean()), x)
+    of_v = jnp.pad(x - VALIDATION, ((0, 0), (2, 0)))
+
+    def nu(multipliers):
+        return jnp.maximum(multipliers @ (rho - of_v @ of_q / (of_q @ of_q)), 0.0)
+
+    def dual(multipliers):
+        direction = multipliers @ of_v + nu(multipliers) * of_q
+        return 0.5 * direction @ direction - rho * (of_q @ of_q) * nu(multipliers)
+
+    best = (new.multipliers - (1 - share) * start) / share
+    grid = jnp.linspace(0, 1, 1001)
+    assert dual(best) <= jax.vmap(dual)(jnp.stack([grid, 1 - grid], axis=1)).min() + 1e-9
+    assert_close([best.sum(), new.multipliers.sum()], 1.0, rtol=1e-12)
+    assert jnp.abs(nu(best) - nu(new.multipliers)) > 0.1
+    direction = new.multipliers @ of_v + nu(new.multipliers) * of_q
+    assert_close(new.logits, state.logits - direction[:2], rtol=1e-10)
+    assert_close(new_x, x - direction[2:], rtol=1e-10)
+
+
 @every_method
 def test_steps_run_in_bfloat16_and_keep_every_dtype(factory):
     params, batch, validation = network(dtype=jnp.bfloat16)

@@ -48,9 +48,10 @@ def famo(
 
     Args:
         min_losses: lower bounds of the losses, one number or (K,).
-        gamma: γ >= 0, decay of the logits, added to their gradient. 1e-3 if None, as in the paper,
-            LibMTL and TorchJD; the official repository has 1e-2 (``famo.py`` and its command line)
-            and 1e-5 (its class of methods).
+        gamma: γ >= 0, decay of the logits, added to their gradient; a number, a traced scalar or a
+            schedule of the number of steps learnt from. 1e-3 if None, as in the paper, LibMTL and
+            TorchJD; the official repository has 1e-2 (``famo.py`` and its command line) and 1e-5
+            (its class of methods).
         optimizer: Optax optimiser of the logits, with a decay of its own, in place of ``gamma``;
             ``optax.chain(optax.add_decayed_weights(gamma), optax.adam(0.025))`` if None.
 
@@ -79,8 +80,8 @@ def famo(
     References:
         Liu et al., *FAMO: Fast Adaptive Multitask Optimization*, 2023, Algorithm 1.
     """
-    base.check_number("gamma", gamma, minimum=0)
-    base.check_number("min_losses", min_losses)
+    base.check_number("gamma", gamma, minimum=0, schedule=True)
+    base.check_number("min_losses", min_losses, per_task=True)
     if optimizer is None:
         gamma = 1e-3 if gamma is None else gamma
         optimizer = optax.chain(optax.add_decayed_weights(gamma), optax.adam(0.025))

@@ -83,9 +83,11 @@ def auto_lambda(
     References:
         Liu et al., *Auto-Lambda: Disentangling Dynamic Task Relationships*, arXiv 2202.03091.
     """
-    base.check_number("inner_learning_rate", inner_learning_rate, minimum=0, exclusive=True)
-    base.check_number("primary", primary)
-    base.check_number("initial", initial, minimum=0)
+    base.check_number(
+        "inner_learning_rate", inner_learning_rate, minimum=0, exclusive=True, schedule=True
+    )
+    base.check_number("primary", primary, per_task=True)
+    base.check_number("initial", initial, minimum=0, per_task=True)
 
     def init(params, num_tasks, dtype):
         base.check_per_task("primary", primary, num_tasks)

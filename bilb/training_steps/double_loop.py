@@ -55,7 +55,8 @@ def bilb4mtl_double_loop(
     Its router follows the gradient of the penalty problem itself, which keeps the weights from
     shrinking merely to make the scalarised loss small. Want it to study the bilevel problem or to
     check how much the single loop drops; to train a large model, use :func:`bilb.bilb4mtl`, which
-    needs one backward pass a step instead of N + 2 and no second copy of the parameters.
+    needs one backward pass a step instead of N + 1, one forward pass instead of N + 2 and no second
+    copy of the parameters.
 
     Not a loss transformation: it evaluates the model itself. Normalise inside ``task_losses``.
     Routers that read features are not supported.
@@ -78,7 +79,8 @@ def bilb4mtl_double_loop(
         being those before the step. z is kept from one step to the next.
 
     Raises:
-        ValueError: for a negative ``inner_steps`` or penalty, or losses that are not (K,).
+        ValueError: for a negative ``inner_steps`` or penalty, a penalty that is not one number, or
+            losses that are not (K,).
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, bilb
@@ -97,7 +99,7 @@ def bilb4mtl_double_loop(
         2023.
     """
     base.check_number("inner_steps", inner_steps, minimum=0)
-    base.check_number("penalty", penalty, minimum=0)
+    base.check_number("penalty", penalty, minimum=0, schedule=True)
     balance = balanced_losses(router, discrepancy, weighted=weighted, divisor=divisor)
 
     def init(params, num_tasks, dtype):

@@ -98,10 +98,12 @@ def forum(
         Ye et al., *A First-Order Multi-Gradient Algorithm for Multi-Objective Bi-Level
         Optimization*, arXiv 2401.09257, Algorithm 1.
     """
-    base.check_number("inner_learning_rate", inner_learning_rate, minimum=0, exclusive=True)
+    base.check_number(
+        "inner_learning_rate", inner_learning_rate, minimum=0, exclusive=True, schedule=True
+    )
     base.check_number("inner_steps", inner_steps, minimum=1)
-    base.check_number("rho", rho, minimum=0)
-    base.check_number("averaging", averaging, minimum=0, maximum=1)
+    base.check_number("rho", rho, minimum=0, schedule=True)
+    base.check_number("averaging", averaging, minimum=0, maximum=1, schedule=True)
 
     def init(params, num_tasks, dtype):
         logits = jnp.zeros(num_tasks, dtype)

@@ -83,7 +83,9 @@ def moml(
     References:
         Ye et al., *Multi-Objective Meta Learning*, NeurIPS 2021, Algorithm 1, arXiv 2102.07121.
     """
-    base.check_number("inner_learning_rate", inner_learning_rate, minimum=0, exclusive=True)
+    base.check_number(
+        "inner_learning_rate", inner_learning_rate, minimum=0, exclusive=True, schedule=True
+    )
 
     def init(params, num_tasks, dtype):
         logits = jnp.zeros(num_tasks, dtype)
