@@ -162,7 +162,9 @@ def check_task_gradients(
     shapes = jax.tree.map(jnp.shape, task_gradients)
     if params is not None:
         expected = jax.tree.map(lambda p: (num_tasks, *jnp.shape(p)), params)
-        wrong = shapes != expected
+        # Flattened, as pytrees need not have an equality of their own.
+        flat = lambda tree, like: (jax.tree.structure(like), jax.tree.leaves(tree))
+        wrong = flat(shapes, task_gradients) != flat(expected, params)
     else:
         expected = f"({num_tasks}, ...)"
         wrong = any(jnp.shape(g)[:1] != (num_tasks,) for g in jax.tree.leaves(task_gradients))
@@ -171,6 +173,12 @@ def check_task_gradients(
             "task gradients are shaped like params with one more axis in front: the leading axis "
             f"must be the number of tasks, {num_tasks}. Expected {expected}, got {shapes}."
         )
+
+
+def check_heads(heads: str) -> None:
+    """Raises ValueError unless ``heads`` names what task-specific parameters follow."""
+    if heads not in ("weighted", "sum"):
+        raise ValueError(f'heads must be "weighted" or "sum"; got {heads!r}.')
 
 
 def combine(weights: jax.Array, task_gradients: base.PyTree) -> base.PyTree:

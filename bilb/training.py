@@ -106,7 +106,7 @@ def value_and_grad(
     """
     if features is not None and not has_aux:
         raise ValueError("features= reads the auxiliary output: give has_aux=True as well.")
-    _check_heads(heads)
+    jacobian.check_heads(heads)
     gram = gram_engines.exact() if gram is None else gram
     balancer = base.as_link(balancer)
     return ValueAndGrad(
@@ -400,7 +400,7 @@ def aggregate_by(
         (2,)
     """
     base.check_number("num_tasks", num_tasks, minimum=1)
-    _check_heads(heads)
+    jacobian.check_heads(heads)
     balancer = base.as_link(balancer)
 
     def init_fn(params):
@@ -459,11 +459,6 @@ def _shared(tree, shared):
     """Returns a tree shaped like the parameters, or its rows, with zeros where not shared."""
     keep = lambda is_shared, part: part if is_shared else optax.tree.zeros_like(part)
     return jax.tree.map(keep, shared, tree)
-
-
-def _check_heads(heads):
-    if heads not in ("weighted", "sum"):
-        raise ValueError(f'heads must be "weighted" or "sum"; got {heads!r}.')
 
 
 def _with_heads(combined, weights, shared, heads, mask):

@@ -1,0 +1,1 @@
+"""Aggregators: methods that must see every coordinate of every task's gradient."""
