@@ -32,6 +32,8 @@ from bilb.gradient_balancing.aligned_mtl import aligned_mtl as aligned_mtl
 from bilb.gradient_balancing.config import config as config
 from bilb.gradient_balancing.cr_mogm import CRMOGMState as CRMOGMState
 from bilb.gradient_balancing.cr_mogm import cr_mogm as cr_mogm
+from bilb.gradient_balancing.gradnorm import GradNormState as GradNormState
+from bilb.gradient_balancing.gradnorm import gradnorm as gradnorm
 from bilb.gradient_balancing.gradvac import gradvac as gradvac
 from bilb.gradient_balancing.imtl_g import imtl_g as imtl_g
 from bilb.gradient_balancing.krum import krum as krum
@@ -55,8 +57,6 @@ from bilb.loss_balancing.famo import FAMOState as FAMOState
 from bilb.loss_balancing.famo import famo as famo
 from bilb.loss_balancing.geometric_mean import GeometricMeanState as GeometricMeanState
 from bilb.loss_balancing.geometric_mean import geometric_mean as geometric_mean
-from bilb.loss_balancing.gradnorm import GradNormState as GradNormState
-from bilb.loss_balancing.gradnorm import gradnorm as gradnorm
 from bilb.loss_balancing.imtl_l import IMTLLState as IMTLLState
 from bilb.loss_balancing.imtl_l import imtl_l as imtl_l
 from bilb.loss_balancing.linear_scalarization import (

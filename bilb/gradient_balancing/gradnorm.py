@@ -92,7 +92,7 @@ def gradnorm(
         Chen et al., *GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep Multitask
         Networks*, arXiv 1711.02257, Algorithm 1.
     """
-    base.check_number("alpha", alpha, minimum=0)
+    base.check_number("alpha", alpha, minimum=0, schedule=True)
     base.check_number("base_steps", base_steps, minimum=1)
     if scheme not in ("softmax", "sum"):
         raise ValueError(f'scheme must be "softmax" or "sum"; got {scheme!r}.')
