@@ -139,6 +139,41 @@ def test_sharded_jit_is_the_step_of_one_device():
     assert_same_step((params, state, losses, gradient))
 
 
+def test_slopes_with_axis_name_are_those_of_the_averaged_gradient():
+    """Without ``check_vma`` each device has a gradient of its own, though the losses are means."""
+    balancer = bilb.marigold(optimizer=optax.sgd(1.0))
+    mean_losses = lambda params, inputs: jax.lax.pmean(task_losses(params, inputs), "data")
+
+    def steps(value_and_grad, params, inputs):
+        state = value_and_grad.init(params, inputs)
+        for _ in range(STEPS):
+            params, state, losses, gradient = train_step(value_and_grad, params, state, inputs)
+        return params, state, losses, gradient
+
+    def sharded(axis_name):
+        value_and_grad = bilb.value_and_grad(mean_losses, balancer, axis_name=axis_name)
+
+        def of_device(params, inputs):
+            return jax.tree.map(lambda r: r[None], steps(value_and_grad, params, inputs))
+
+        whole, split = PartitionSpec(), PartitionSpec("data")
+        mapped = jax.shard_map(
+            of_device, mesh=mesh(), in_specs=(whole, split), out_specs=split, check_vma=False
+        )
+        return jax.jit(mapped)(PARAMS, INPUTS)
+
+    results = sharded("data")
+    expected = jax.jit(functools.partial(steps, bilb.value_and_grad(task_losses, balancer)))(
+        PARAMS, INPUTS
+    )
+    close = functools.partial(chex.assert_trees_all_close, rtol=1e-4, atol=1e-5)
+    for device in range(DEVICES):
+        close(jax.tree.map(lambda leaf, device=device: leaf[device], results), expected)
+    assert jnp.ptp(expected[1].balancer.weights) > 1e-2
+    local = sharded(None)[1].slopes
+    assert jnp.abs(local - expected[1].slopes).max() > 1e-2 * jnp.abs(expected[1].slopes).max()
+
+
 def test_pmean_losses_keeps_the_contract_of_a_link():
     link = bilb.pmean_losses("data")
     losses = jnp.array([[1.0, 4.0, jnp.nan], [3.0, 0.0, 7.0]], jnp.float16)
