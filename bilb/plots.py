@@ -69,10 +69,7 @@ def losses_over_time(
         'log'
     """
     history = _History(losses, steps, names, "losses")
-    if log is None:
-        finite = history.values[np.isfinite(history.values)]
-        log = bool(finite.size and np.min(finite) > 0 and np.max(finite) > 10 * np.min(finite))
-    return _draw_history(history, "loss", band, log, heatmap, ax)
+    return _draw_history(history, "loss", band, history.log(log), heatmap, ax)
 
 
 def weights_over_time(
@@ -81,19 +78,24 @@ def weights_over_time(
     steps: Any | None = None,
     names: Sequence[str] | None = None,
     band: str = "range",
-    log: bool = False,
+    log: bool | None = None,
     heatmap: bool | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Draws the weight of each task over the steps of training.
 
+    The ``effective_weights`` of the drivers' states, ∂Φ/∂l, are there for every method and chain,
+    and compare across them: those of the sum of log losses, say, are 1 / l.
+
     Args:
-        weights: (T, K) weights, or (seeds, T, K): their mean over seeds and a band.
+        weights: (T, K) weights, or (seeds, T, K): their mean over seeds and a band. They may be
+            negative.
         steps: (T,) step or epoch numbers. Default: 0 to T - 1.
         names: K task names. Default: "task 1" to "task K".
         band: What the band over seeds shows, "range" from least to largest, or "sd", one standard
             deviation (divisor seeds - 1) to each side. A heat map shows the mean only.
-        log: Whether the weights are on a logarithmic scale. A linear axis that has no negative
+        log: Whether the weights are on a logarithmic scale. Default: if all finite ones are
+            positive and they span more than a factor of ten. A linear axis that has no negative
             weights starts at zero.
         heatmap: Whether to draw a row of colours for each task instead of a line. Default: if
             there are more than 12 tasks.
@@ -116,6 +118,7 @@ def weights_over_time(
         ['segmentation', 'depth']
     """
     history = _History(weights, steps, names, "weights")
+    log = history.log(log)
     ax = _draw_history(history, "task weight", band, log, heatmap, ax)
     if ax.lines and not log and np.nanmin(history.values, initial=0.0) >= 0:
         ax.set_ylim(bottom=0)
@@ -354,6 +357,13 @@ class _History:
         self.names = _names(names, num_tasks, "names", "task")
         self.mean = self.values.mean(axis=0)
         self.has_band = num_seeds > 1
+
+    def log(self, chosen):
+        """Returns the choice of a logarithmic scale, made by the values where it is None."""
+        if chosen is not None:
+            return chosen
+        finite = self.values[np.isfinite(self.values)]
+        return bool(finite.size and np.min(finite) > 0 and np.max(finite) > 10 * np.min(finite))
 
     def band(self, kind):
         if kind == "range":

@@ -1,4 +1,4 @@
-"""The methods that the examples know by name.
+"""The methods that the examples know by name, alone or in a chain such as ``igb_v1+mgda``.
 
 To add one, add a line to :data:`METHODS`: a function of the run's :class:`Settings` that returns a
 loss transformation.
@@ -7,10 +7,10 @@ loss transformation.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -24,7 +24,8 @@ Array = jax.Array | np.ndarray
 class Settings:
     """What a method may want to know about the training run.
 
-    All but the numbers of steps are traced, so that changing them compiles nothing anew.
+    All but the numbers of steps and the way to take Gram matrices are traced, so that changing them
+    compiles nothing anew.
     """
 
     learning_rate: float | Array
@@ -35,6 +36,8 @@ class Settings:
     steps_per_epoch: int = dataclasses.field(metadata={"static": True})
     temperature: float | Array = 2.0  # of dwa
     gamma: float | Array = 1e-3  # the decay of famo's logits
+    decay: float | Array = 0.0  # of the running mean of the Gram matrix
+    gram: str = dataclasses.field(default="exact", metadata={"static": True})  # of GRAMS
 
     def optimizer(self) -> optax.GradientTransformation:
         """Adam whose learning rate decays to 1 % of its initial value along a cosine.
@@ -49,11 +52,12 @@ Factory = Callable[[Settings], optax.GradientTransformation]
 METHODS: dict[str, Factory] = {
     "ls": lambda s: bilb.linear_scalarization(),
     "si": lambda s: bilb.log_losses(),
+    "log": lambda s: bilb.log_losses(),  # another name for a link in front of others
     "bilb4mtl": lambda s: bilb.presets.bilb4mtl_qm9(
         s.penalty, every=s.steps_per_epoch, optimizer=s.optimizer(), key=s.seed
     ),
     "bilb4mtl_celeba": lambda s: bilb.presets.bilb4mtl_celeba(s.penalty, optimizer=s.optimizer()),
-    "marigold": lambda s: bilb.marigold(transform=jnp.log),
+    "marigold": lambda s: bilb.marigold(),
     "igb_v1": lambda s: bilb.igb_v1(s.steps_per_epoch, s.steps_per_epoch),
     "igb_v2": lambda s: bilb.igb_v2(
         s.steps_per_epoch,
@@ -75,9 +79,37 @@ METHODS: dict[str, Factory] = {
     "pbi": lambda s: bilb.pbi(),
     "cosmos": lambda s: bilb.cosmos(penalty=1.0),
     "gradnorm": lambda s: bilb.gradnorm(base_steps=s.steps_per_epoch),
+    "mgda": lambda s: bilb.mgda(decay=s.decay),
+}
+
+GRAMS = {
+    "exact": lambda s: bilb.grams.exact(),
+    "stacked": lambda s: bilb.grams.stacked(),
+    "sketch": lambda s: bilb.grams.sketch(key=s.seed),
 }
 
 REFERENCES: dict[str, Factory] = {
     "STL": lambda s: bilb.linear_scalarization(s.selection),
-    "STL-log": lambda s: optax.chain(bilb.log_losses(), bilb.linear_scalarization(s.selection)),
+    "STL-log": lambda s: bilb.chain(bilb.log_losses(), bilb.linear_scalarization(s.selection)),
 }
+
+
+def make(
+    name: str, settings: Any, known: Mapping[str, Callable] = METHODS | REFERENCES
+) -> optax.GradientTransformation:
+    """Returns a method by its name, or the chain of those whose names ``+`` joins."""
+    return bilb.chain(*(known[part](settings) for part in name.split("+")))
+
+
+def mistake(names: Sequence[str], known: Mapping[str, Callable] = METHODS) -> str | None:
+    """Says what is wrong with names of methods and chains, if anything."""
+    unknown = [
+        repr(part) if part == name else f"{part!r} in {name}"
+        for name in names
+        for part in name.split("+")
+        if part not in known
+    ]
+    if names and not unknown:
+        return None
+    what = f"unknown method {', '.join(unknown)}" if unknown else "no method"
+    return f"{what}; choose from: {', '.join(known)}, alone or several joined by +"

@@ -6,7 +6,8 @@ per task (STL), whose losses are plain (``STL``) or logarithms (``STL-log``): me
 the logarithms of the losses owe part of their success to the logarithm alone, and the second
 reference shows how much.
 
-To add a method, add a line to ``METHODS`` in balancers.py.
+To add a method, add a line to ``METHODS`` in balancers.py. Names of methods may be joined by ``+``:
+``si+mgda`` is MGDA on the logarithms of the losses.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
+import balancers
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -106,12 +108,19 @@ class Run:
     errors: np.ndarray  # (seeds, K) on the test set, in the tasks' units
     steps: np.ndarray  # (T,) the last step of each window that the histories average over
     losses: np.ndarray  # (seeds, T, K) training losses
-    weights: np.ndarray | None  # (seeds, T, K), None if the method keeps none
+    weights: np.ndarray | None  # (seeds, T, K) effective weights, None for a reference
     seconds: float  # wall time, compilation included
 
 
 def train(
-    problem: Problem, method: str, *, seeds: int, steps: int | None = None, penalty: float = 0.05
+    problem: Problem,
+    method: str,
+    *,
+    seeds: int,
+    steps: int | None = None,
+    penalty: float = 0.05,
+    gram: str = "exact",
+    decay: float = 0.0,
 ) -> Run:
     """Trains one method for a fixed number of steps with several seeds at once.
 
@@ -120,17 +129,19 @@ def train(
 
     Args:
         problem: data, tasks and setting.
-        method: a name in `METHODS`, or in `REFERENCES` for one separate network per task.
+        method: a name in `METHODS`, several joined by ``+``, or a name in `REFERENCES` for one
+            separate network per task.
         seeds: number of seeds: 0, 1, ..., seeds - 1.
         steps: number of steps; the problem's by default.
         penalty: weight of the loss discrepancy in the bilevel methods.
+        gram: a name in `GRAMS`, the way to take Gram matrices.
+        decay: of the running mean of the Gram matrix, in [0, 1).
     """
     start = time.perf_counter()
     steps = problem.steps if steps is None else steps
     network = problem.network
-    settings = make_settings(
-        problem, method, seeds, steps, learning_rate=problem.learning_rate, penalty=penalty
-    )
+    hyperparameters = dict(learning_rate=problem.learning_rate, penalty=penalty, decay=decay)
+    settings = make_settings(problem, method, seeds, steps, gram, **hyperparameters)
     static = dict(method=method, network=network, tasks=problem.tasks)
     pool = jax.tree.map(jnp.asarray, problem.pool)
     batches = jnp.asarray(batch_order(problem, steps, seeds))
@@ -154,14 +165,19 @@ def train(
         errors=of_own_task(np.asarray(errors)),
         steps=np.arange(window, steps + 1, window),
         losses=of_own_task(losses),
-        # What a reference's one-hot weights would show is known beforehand.
-        weights=None if weights is None or method in REFERENCES else of_own_task(weights),
+        # A network of a reference has one task.
+        weights=None if method in REFERENCES else of_own_task(weights),
         seconds=time.perf_counter() - start,
     )
 
 
 def make_settings(
-    problem: Problem, method: str, seeds: int, steps: int, **hyperparameters: float | Array
+    problem: Problem,
+    method: str,
+    seeds: int,
+    steps: int,
+    gram: str = "exact",
+    **hyperparameters: float | Array,
 ) -> Settings:
     """Returns the settings of a method's run with the seeds 0, 1, ..., seeds - 1."""
     num_tasks = len(problem.tasks)
@@ -170,6 +186,7 @@ def make_settings(
         selection=jnp.eye(num_tasks) if method in REFERENCES else jnp.ones((1, num_tasks)),
         steps=steps,
         steps_per_epoch=max(1, problem.train_size // problem.batch_size),
+        gram=gram,
         **{name: jnp.asarray(value, jnp.float32) for name, value in hyperparameters.items()},
     )
 
@@ -226,11 +243,15 @@ def ingredients(
         outputs = network.apply(parameters, batch.inputs)
         return jnp.stack([t.loss(o, y) for t, o, y in zip(tasks, outputs, batch.targets)])
 
-    balancer = (METHODS | REFERENCES)[method](settings)
-    # Slopes and gradient norms concern what the tasks share.
+    # Slopes, norms and Gram matrices concern what the tasks share.
     shared = {f"trunk_{layer}": True for layer in range(len(network.hidden))}
     shared |= {f"head_{k}": False for k in range(len(network.heads))}
-    value_and_grad = bilb.value_and_grad(task_losses, balancer, shared={"params": shared})
+    value_and_grad = bilb.value_and_grad(
+        task_losses,
+        balancers.make(method, settings),
+        shared={"params": shared},
+        gram=balancers.GRAMS[settings.gram](settings),
+    )
     return value_and_grad, settings.optimizer()
 
 
@@ -266,7 +287,7 @@ def continue_training(settings, carry, pool, rows, *, method, network, tasks, wi
     """Trains on the batches ``rows`` (seeds, steps, batch_size).
 
     Returns:
-        The new carry, and the losses and weights averaged over windows of steps,
+        The new carry, and the losses and effective weights averaged over windows of steps,
         (seeds, R, steps / window, K) each.
     """
 
@@ -280,7 +301,7 @@ def continue_training(settings, carry, pool, rows, *, method, network, tasks, wi
             updates, opt_state = optimizer.update(gradient, opt_state, parameters)
             parameters = optax.apply_updates(parameters, updates)
             state = value_and_grad.after(parameters, state, batch)
-            return (parameters, opt_state, state), (losses, optax.tree.get(state, "weights"))
+            return (parameters, opt_state, state), (losses, state.effective_weights)
 
         carry, history = jax.lax.scan(step, carry, rows)
         thin = lambda x: x.reshape(-1, window, *x.shape[1:]).mean(1)
@@ -305,7 +326,10 @@ class Options:
     """The options that all examples have."""
 
     method: Annotated[
-        tuple[str, ...], tyro.conf.arg(help=f"Methods to train, out of: {', '.join(METHODS)}.")
+        tuple[str, ...],
+        tyro.conf.arg(
+            help=f"Methods to train, out of: {', '.join(METHODS)}, or chains such as si+mgda."
+        ),
     ] = ("ls", "si", "bilb4mtl")
     seeds: int = 3
     """Number of seeds, trained side by side."""
@@ -313,17 +337,23 @@ class Options:
     """Training steps; the example's own number by default."""
     penalty: float = 0.05
     """Weight of the loss discrepancy in the bilevel methods; above 0.1 it does harm here."""
+    gram: Literal["exact", "stacked", "sketch"] = "exact"
+    """How methods of the third rung get the Gram matrix; a sketch needs --decay as well."""
+    decay: float = 0.0
+    """Of a running mean of the Gram matrix, in [0, 1)."""
     output: Path = Path("outputs")
     """Folder for the table, its numbers and the figure."""
 
     def mistake(self) -> str | None:
         """Says what is wrong with the options, if anything."""
-        unknown = [name for name in self.method if name not in METHODS]
-        if unknown or not self.method:
-            what = f"unknown method {', '.join(unknown)}" if unknown else "no method"
-            return f"{what}; choose from: {', '.join(METHODS)}"
+        if mistake := balancers.mistake(self.method):
+            return mistake
         if self.seeds < 1 or (self.steps is not None and self.steps < 1):
             return "--seeds and --steps must be at least 1"
+        if not 0 <= self.decay < 1:
+            return "--decay must be at least 0 and less than 1"
+        if self.gram == "sketch" and self.decay == 0:
+            return "one sketch says little about the Gram matrix: give --decay too, such as 0.99"
         return None if self.penalty >= 0 else "--penalty must not be negative"
 
 
@@ -337,7 +367,8 @@ def main(options_type: type[Options], make_problem: Callable[[Any], Problem]) ->
         problem = make_problem(options)
     except ModuleNotFoundError as error:  # a data package; the message says how to install it
         sys.exit(f"error: {error}")
-    arguments = dict(seeds=options.seeds, steps=options.steps, penalty=options.penalty)
+    chosen = ("seeds", "steps", "penalty", "gram", "decay")
+    arguments = {name: getattr(options, name) for name in chosen}
     names = [*REFERENCES, *dict.fromkeys(options.method)]
     runs = [train(problem, name, **arguments) for name in names]
     setting = {"title": problem.title, **arguments, "steps": options.steps or problem.steps}

@@ -9,6 +9,7 @@ prepared descriptors are kept in the user's cache folder.
     python examples/qm9.py                                  # standardised targets, as in the papers
     python examples/qm9.py --targets raw                    # in their units, scales far apart
     python examples/qm9.py --method bilb4mtl --penalty 0.01 --seeds 3
+    python examples/qm9.py --method mgda si+mgda --gram sketch --decay 0.99
 
 The setting is a reduced one (4,000 or 8,000 training molecules, a two-layer network), made to
 finish in minutes on a laptop. Its numbers rank methods; they are not comparable with published QM9

@@ -168,10 +168,10 @@ def figure(problem: Problem, runs: Sequence[Run], references: Sequence[str]) -> 
         losses.set_title(f"{run.method}: training losses", fontsize="medium")
         if run.weights is None:
             weights.set_axis_off()
-            weights.text(0.5, 0.5, f"{run.method} keeps no weights", ha="center", va="center")
+            weights.text(0.5, 0.5, f"{run.method} has no weights", ha="center", va="center")
         else:
             plots.weights_over_time(shown(run.weights), ax=weights, **style)
-            weights.set_title(f"{run.method}: task weights", fontsize="medium")
+            weights.set_title(f"{run.method}: effective task weights", fontsize="medium")
         for ax in (losses, weights):
             ax.set_xlabel("step" if i == len(methods) - 1 else "")
     changes = [100 * (run.errors.mean(0) / base.errors.mean(0) - 1) for run in compared]

@@ -3,10 +3,11 @@
 The factories of bilb accept traced hyperparameters, so a grid of them is one more `jax.vmap` over
 the training of the other examples. The problem is that of multidigits.py: left digit, right digit
 and ink. Whatever a method reads is swept: the learning rate always, the penalty of the bilevel
-methods, the temperature of dwa, the gamma of famo.
+methods, the temperature of dwa, the gamma of famo, the decay of methods that read the Gram matrix.
 
     python examples/sweep.py                                    # about a minute
     python examples/sweep.py --method dwa famo --temperature 1 2 4 --gamma 0 0.01 --seeds 5
+    python examples/sweep.py --method si+mgda --decay 0.9 0.99 --gram sketch
 
 It trains single-task networks (STL) with the same learning rates for reference, prints a table,
 says what compiling every configuration would have cost, and writes a figure. Nothing is downloaded.
@@ -22,8 +23,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
+import balancers
 import experiment
 import jax
 import jax.numpy as jnp
@@ -36,7 +38,7 @@ from matplotlib.figure import Figure
 
 from bilb import metrics, plots
 
-HYPERPARAMETERS = ("learning_rate", "penalty", "temperature", "gamma")  # traced Settings
+HYPERPARAMETERS = ("learning_rate", "penalty", "temperature", "gamma", "decay")  # traced Settings
 
 Configuration = dict[str, float]
 
@@ -47,7 +49,10 @@ class Options:
 
     method: Annotated[
         tuple[str, ...],
-        tyro.conf.arg(help=f"Methods to train, out of: {', '.join(experiment.METHODS)}."),
+        tyro.conf.arg(
+            help=f"Methods to train, out of: {', '.join(balancers.METHODS)}, or chains such as "
+            "si+mgda."
+        ),
     ] = ("bilb4mtl",)
     learning_rate: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     """Initial learning rates of Adam."""
@@ -57,6 +62,10 @@ class Options:
     """Temperatures, for dwa."""
     gamma: tuple[float, ...] = (0.0, 1e-3, 1e-2)
     """Decays of the logits, for famo."""
+    decay: tuple[float, ...] = (0.0, 0.9, 0.99)
+    """Decays of the running mean of the Gram matrix, for methods that read it."""
+    gram: Literal["exact", "stacked", "sketch"] = "exact"
+    """How they get it; a sketch needs decays above 0."""
     seeds: int = 3
     """Number of seeds of each configuration."""
     steps: int = 1_500
@@ -68,10 +77,8 @@ class Options:
 
     def mistake(self) -> str | None:
         """Says what is wrong with the options, if anything."""
-        unknown = [name for name in self.method if name not in experiment.METHODS]
-        if unknown or not self.method:
-            what = f"unknown method {', '.join(unknown)}" if unknown else "no method"
-            return f"{what}; choose from: {', '.join(experiment.METHODS)}"
+        if mistake := balancers.mistake(self.method):
+            return mistake
         if self.seeds < 1 or self.steps < 1:
             return "--seeds and --steps must be at least 1"
         taken = {name for method in self.method for name in hyperparameters(method)}
@@ -84,6 +91,10 @@ class Options:
             positive = name in ("learning_rate", "temperature")
             if not all(np.isfinite(v) and (v > 0 if positive else v >= 0) for v in values):
                 return f"{flag} must be {'positive' if positive else 'finite and not negative'}"
+        if max(self.decay) >= 1:
+            return "--decay must be less than 1"
+        if "decay" in taken and self.gram == "sketch" and min(self.decay) == 0:
+            return "one sketch says little about the Gram matrix: give --decay above 0"
         return None
 
 
@@ -99,7 +110,7 @@ def hyperparameters(method: str) -> tuple[str, ...]:
     settings = Recording(
         learning_rate=1e-3, penalty=0.1, seed=0, selection=np.ones(1), steps=1, steps_per_epoch=1
     )
-    (experiment.METHODS | experiment.REFERENCES)[method](settings)
+    balancers.make(method, settings)
     return tuple(name for name in HYPERPARAMETERS if name in read)
 
 
@@ -133,23 +144,25 @@ def train(
     *,
     seeds: int,
     steps: int,
+    gram: str = "exact",
     constant: bool = False,
 ) -> Trained:
     """Trains all configurations and seeds side by side, with one compilation.
 
     Args:
         problem: data, tasks and setting.
-        method: a name in `experiment.METHODS` or `experiment.REFERENCES`.
+        method: names in `balancers.METHODS`, joined by ``+``, or one in `balancers.REFERENCES`.
         configurations: values of the hyperparameters that the method reads.
         seeds: number of seeds: 0, 1, ..., seeds - 1.
         steps: number of steps.
+        gram: a name in `balancers.GRAMS`.
         constant: whether to make the hyperparameters constants of the program, as numbers written
             into a script are. New ones then need a new program.
     """
     columns = {  # what a method does not read has no influence
         name: [values.get(name, 0.0) for values in configurations] for name in HYPERPARAMETERS
     }
-    settings = experiment.make_settings(problem, method, seeds, steps, **columns)
+    settings = experiment.make_settings(problem, method, seeds, steps, gram, **columns)
     # NumPy arrays that a traced function encloses end up in the program as constants.
     enclosed = jax.tree.map(np.asarray, settings)
     axes = jax.tree.map(lambda _: None, settings)
@@ -262,7 +275,7 @@ def legend(comparison: Comparison, seeds: int) -> str:
 
 
 def ways_to_train(
-    problem: experiment.Problem, method: str, result: Trained, **size: int
+    problem: experiment.Problem, method: str, result: Trained, **size: Any
 ) -> dict[str, Seconds]:
     """Returns the time for a grid in one program, and what two other ways would take.
 
@@ -341,7 +354,7 @@ def _draw(ax: Any, configurations: list[Configuration], delta_m: np.ndarray) -> 
 def publish(
     comparison: Comparison,
     times: dict[str, dict[str, Seconds]],
-    size: dict[str, int],
+    size: dict[str, Any],
     folder: Path,
 ) -> str:
     """Writes table.md, results.json and figure.png; returns what to print."""
@@ -385,7 +398,7 @@ def main(make_problem: Callable[[Any], experiment.Problem] = multidigits.make_pr
     problem = make_problem(options)
     # Programs that a cache on disk keeps from earlier runs would cost nothing to compile.
     jax.config.update("jax_enable_compilation_cache", False)
-    size = dict(seeds=options.seeds, steps=options.steps)
+    size = dict(seeds=options.seeds, steps=options.steps, gram=options.gram)
     names = ["STL", *dict.fromkeys(options.method)]
     trained = {name: train(problem, name, grid(name, options), **size) for name in names}
     timed = names[1:] if options.timing else []

@@ -7,9 +7,10 @@ losses are equal once that scale is taken out again.
 
     python examples/toy.py                       # a few seconds
     python examples/toy.py --method bilb4mtl --penalty 0.1
+    python examples/toy.py --method mgda bilb4mtl+mgda
 
 It prints where each method ends up and writes a figure of the paths, in the plane of the parameters
-and in the plane of the losses. To add a method, add a line to METHODS.
+and in the plane of the losses. To add a method, add a line to METHODS; ``+`` joins several of them.
 
 References:
     Liu et al., *Conflict-Averse Gradient Descent for Multi-task Learning*, arXiv 2110.14048.
@@ -25,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+import balancers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +40,7 @@ STARTS = ((-8.5, 7.5), (0.0, 0.0), (9.0, 9.0), (-7.5, -0.5), (9.0, -1.0))
 
 METHODS: dict[str, Callable[[Options], optax.GradientTransformation]] = {
     "ls": lambda o: bilb.linear_scalarization(),
-    "bilb4mtl": lambda o: optax.chain(
+    "bilb4mtl": lambda o: bilb.chain(
         bilb.scale_by(jnp.array([SCALE, 1.0])),
         bilb.bilb4mtl(
             o.penalty,
@@ -49,6 +51,7 @@ METHODS: dict[str, Callable[[Options], optax.GradientTransformation]] = {
     ),
     "marigold": lambda o: bilb.marigold(),
     "famo": lambda o: bilb.famo(gamma=0.0, min_losses=jnp.array([SCALE * -21.0, -21.0])),
+    "mgda": lambda o: bilb.mgda(),
 }
 
 
@@ -58,7 +61,7 @@ class Options:
 
     method: Annotated[
         tuple[str, ...], tyro.conf.arg(help=f"Methods to run, out of: {', '.join(METHODS)}.")
-    ] = tuple(METHODS)
+    ] = ("ls", "bilb4mtl", "marigold", "famo")
     steps: int = 10_000
     """Number of steps."""
     learning_rate: float = 1e-2
@@ -70,10 +73,8 @@ class Options:
 
     def mistake(self) -> str | None:
         """Says what is wrong with the options, if anything."""
-        unknown = [name for name in self.method if name not in METHODS]
-        if unknown or not self.method:
-            what = f"unknown method {', '.join(unknown)}" if unknown else "no method"
-            return f"{what}; choose from: {', '.join(METHODS)}"
+        if mistake := balancers.mistake(self.method, METHODS):
+            return mistake
         if self.steps < 1:
             return "--steps must be at least 1"
         return None if self.penalty >= 0 else "--penalty must not be negative"
@@ -113,7 +114,7 @@ def pareto_set(x1: np.ndarray) -> np.ndarray:
 @functools.partial(jax.jit, static_argnames=("method", "options"))
 def train(method: str, options: Options, starts: jax.Array | np.ndarray = STARTS) -> jax.Array:
     """Returns the paths (starts, steps + 1, 2) of one method, all starts at once."""
-    value_and_grad = bilb.value_and_grad(task_losses, METHODS[method](options))
+    value_and_grad = bilb.value_and_grad(task_losses, balancers.make(method, options, METHODS))
     optimizer = optax.adam(options.learning_rate)
 
     def run(start):
@@ -134,7 +135,7 @@ def train(method: str, options: Options, starts: jax.Array | np.ndarray = STARTS
 def table(paths: dict[str, np.ndarray]) -> str:
     """Returns a line for each method and start: where it ended and how far from balance."""
     balance = pareto_set(np.zeros(1))[0]
-    widths = (12, 12, 16, 16, 12)
+    widths = (max(12, *map(len, paths)), 12, 16, 16, 12)
     line = lambda cells: "  ".join(cell.rjust(width) for cell, width in zip(cells, widths))
     pair = lambda values, spec: f"({values[0]:{spec}}, {values[1]:{spec}})"
     lines = [

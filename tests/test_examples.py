@@ -1,12 +1,14 @@
 """What the example scripts share, MultiDigits, and the command lines."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import subprocess
 import sys
 
+import balancers
 import experiment
 import jax
 import jax.numpy as jnp
@@ -148,12 +150,47 @@ class TestTraining:
         assert (run.losses[:, -1] < 0.8 * run.losses[:, 0]).all()
         assert (run.errors[0] != run.errors[1]).any()
 
-    @pytest.mark.parametrize("method", list(experiment.METHODS))
-    def test_every_method_trains(self, method):
-        run = experiment.train(small_problem(), method, seeds=2)
+    @pytest.mark.parametrize("method", list(balancers.METHODS))
+    def test_every_method_can_be_trained(self, method):
+        """Traces the training of every method; compiling them all would take minutes."""
+        problem = small_problem()
+        settings = experiment.make_settings(
+            problem, method, 2, 20, learning_rate=1e-2, penalty=0.05, decay=0.0
+        )
+        static = dict(method=method, network=problem.network, tasks=problem.tasks)
+        rows = experiment.batch_order(problem, 20, seeds=2)
+        initial = functools.partial(experiment.initial_parameters, problem.network)
+        parameters = jax.eval_shape(initial, problem.pool.inputs[:1], settings.seed)
+        start = functools.partial(experiment.start_training, **static)
+        carry = jax.eval_shape(start, settings, parameters, problem.pool, rows[:, 0])
+        advance = functools.partial(experiment.continue_training, window=4, **static)
+        after, (losses, weights) = jax.eval_shape(advance, settings, carry, problem.pool, rows)
+        assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, carry)
+        assert losses.shape == (2, 1, 5, 3)
+        assert weights is None or weights.shape == losses.shape
+
+    @pytest.mark.parametrize("gram", list(balancers.GRAMS))
+    def test_a_chain_of_methods_trains(self, gram):
+        problem = small_problem()
+        run = experiment.train(problem, "si+mgda", seeds=2, gram=gram, decay=0.5)
         assert np.isfinite(run.errors).all()
-        assert np.isfinite(run.losses).all()
-        assert run.weights is None or run.weights.shape == (2, 20, 3)
+        assert (run.losses[:, -1] < run.losses[:, 0]).all()
+        # The weights of MGDA, which sum to one, over those losses.
+        np.testing.assert_allclose((run.weights * run.losses).sum(-1), 1.0, rtol=1e-4)
+
+    def test_ways_to_take_the_gram_matrix(self):
+        exact, stacked, sketch, slow = (
+            experiment.train(small_problem(), "si+mgda", seeds=2, gram=gram, decay=decay).losses
+            for gram, decay in (("exact", 0.5), ("stacked", 0.5), ("sketch", 0.5), ("exact", 0.9))
+        )
+        np.testing.assert_allclose(stacked, exact, rtol=1e-3)
+        assert np.abs(sketch - exact).max() > 1e-3
+        assert np.abs(slow - exact).max() > 1e-3
+
+    def test_effective_weights_are_those_of_the_whole_chain(self):
+        run = experiment.train(small_problem(), "si", seeds=2)
+        np.testing.assert_allclose(run.weights, 1 / run.losses, rtol=1e-5)
+        assert experiment.train(small_problem(), "STL-log", seeds=2).weights is None
 
     @pytest.mark.parametrize(
         ("method", "objective"),
@@ -340,8 +377,12 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--method", "ls", "nonsense"], "unknown method nonsense; choose from: ls, si"),
+            (["--method", "ls", "nonsense"], "unknown method 'nonsense'; choose from: ls, si"),
+            (["--method", "si+none+mgda"], "unknown method 'none' in si+none+mgda; choose from"),
+            (["--method", "si+"], "unknown method '' in si+; choose from"),
             (["--method"], "no method; choose from: ls, si"),
+            (["--decay", "1"], "--decay must be at least 0 and less than 1"),
+            (["--gram", "sketch"], "give --decay too"),
             (["--seeds", "0"], "at least 1"),
             (["--steps", "0"], "at least 1"),
             (["--penalty", "-1"], "must not be negative"),

@@ -159,15 +159,17 @@ class TestScales:
             ([np.nan, np.nan], "linear"),
         ],
     )
-    def test_losses_choose_their_axis(self, losses, scale):
-        ax = plots.losses_over_time(np.array(losses)[:, None])
-        assert ax.get_yscale() == scale
+    def test_values_choose_their_axis(self, losses, scale):
+        for plot in (plots.losses_over_time, plots.weights_over_time):
+            assert plot(np.array(losses)[:, None]).get_yscale() == scale
 
     def test_the_choice_can_be_overruled(self):
         wide = np.array([[1.0], [1e-3]])
         assert plots.losses_over_time(wide, log=False).get_yscale() == "linear"
-        assert plots.weights_over_time(wide).get_yscale() == "linear"
-        assert plots.weights_over_time(wide, log=True).get_yscale() == "log"
+        ax = plots.weights_over_time(wide, log=False)
+        assert ax.get_yscale() == "linear"
+        assert ax.get_ylim()[0] == 0
+        assert plots.weights_over_time(np.ones((2, 1)), log=True).get_yscale() == "log"
 
     def test_heat_map_colours_follow(self):
         values = np.geomspace(1e-3, 1, 60).reshape(3, 20)

@@ -82,15 +82,21 @@ class TestTraining:
 
     @pytest.mark.parametrize(
         ("method", "name"),
-        [("bilb4mtl_celeba", "penalty"), ("dwa", "temperature"), ("famo", "gamma")],
+        [
+            ("bilb4mtl_celeba", "penalty"),
+            ("dwa", "temperature"),
+            ("famo", "gamma"),
+            ("si+mgda", "decay"),
+        ],
     )
     def test_methods_follow_their_own_hyperparameter(self, method, name):
         assert sweep.hyperparameters(method) == ("learning_rate", name)
-        configurations = [{"learning_rate": 1e-2, name: value} for value in (0.01, 10.0)]
+        values = (0.01, 0.99 if name == "decay" else 10.0)
+        configurations = [{"learning_rate": 1e-2, name: value} for value in values]
         result = sweep.train(small_problem(), method, configurations, seeds=1, steps=40)
         assert np.abs(result.losses[0] - result.losses[1]).max() > 1e-5
 
-    @pytest.mark.parametrize("method", ["ls", "si", "marigold", "STL"])
+    @pytest.mark.parametrize("method", ["ls", "si", "si+marigold", "STL"])
     def test_other_methods_have_the_learning_rate_alone(self, method):
         assert sweep.hyperparameters(method) == ("learning_rate",)
 
@@ -172,14 +178,23 @@ class TestCommandLine:
             timeout=120,
         )
         assert process.returncode == 0, process.stderr
-        flags = ("--method", "--learning-rate", "--penalty", "--temperature", "--gamma", "--seeds")
-        for word in (*flags, "--steps", "--no-timing", "--output", "bilb4mtl", "famo"):
+        flags = ("--method", "--learning-rate", "--penalty", "--temperature", "--gamma", "--decay")
+        for word in (
+            *flags,
+            "--gram",
+            "--seeds",
+            "--steps",
+            "--no-timing",
+            "--output",
+            "bilb4mtl",
+            "famo",
+        ):
             assert word in process.stdout
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--method", "nonsense"], "unknown method nonsense; choose from: ls, si"),
+            (["--method", "nonsense"], "unknown method 'nonsense'; choose from: ls, si"),
             (["--method"], "no method; choose from"),
             (["--seeds", "0"], "at least 1"),
             (["--steps", "0"], "at least 1"),
@@ -190,6 +205,8 @@ class TestCommandLine:
             (["--method", "dwa", "--temperature", "0"], "--temperature must be positive"),
             (["--method", "ls", "--penalty", "1"], "--penalty is read by none of the methods: ls"),
             (["--gamma", "1"], "--gamma is read by none of the methods: bilb4mtl"),
+            (["--method", "mgda", "--decay", "1"], "--decay must be less than 1"),
+            (["--method", "mgda", "--gram", "sketch"], "give --decay above 0"),
         ],
     )
     def test_mistakes_are_told_before_any_work(self, monkeypatch, arguments, message):

@@ -183,13 +183,16 @@ class TestScript:
     def test_runs_the_named_methods_in_float64(self, monkeypatch, capsys, tmp_path):
         seen = {}
         monkeypatch.setattr(toy, "table", lambda paths: seen.update(paths) or "")
-        self.run(monkeypatch, capsys, "--method", "ls", "--steps", "3", "--output", str(tmp_path))
-        assert list(seen) == ["ls"]
-        assert seen["ls"].shape == (5, 4, 2)
-        assert seen["ls"].dtype == np.float64
+        methods = ("ls", "bilb4mtl+mgda")
+        arguments = ("--method", *methods, "--steps", "3", "--output", str(tmp_path))
+        self.run(monkeypatch, capsys, *arguments)
+        assert tuple(seen) == methods
+        assert {path.shape for path in seen.values()} == {(5, 4, 2)}
+        assert {path.dtype for path in seen.values()} == {np.dtype(np.float64)}
 
     @pytest.mark.parametrize(
-        "arguments", [("--method", "nothing"), ("--steps", "0"), ("--penalty", "-1")]
+        "arguments",
+        [("--method", "nothing"), ("--method", "ls+si"), ("--steps", "0"), ("--penalty", "-1")],
     )
     def test_names_a_mistake(self, monkeypatch, capsys, arguments):
         with pytest.raises(SystemExit, match="error: "):
