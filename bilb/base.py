@@ -18,6 +18,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -225,7 +226,7 @@ def loss_transformation(
                 new_state = keep_absent(
                     mask, new_state, state, functools.partial(specification, dtype=dtype)
                 )
-        return balanced.astype(loss_dtype), jax.tree.map(_like, new_state, state)
+        return balanced.astype(loss_dtype), jax.tree.map(like, new_state, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -374,9 +375,17 @@ def supply_missing(
 
 
 def asked(
-    balancer: optax.GradientTransformationExtraArgs, state: PyTree, losses: Any, **extra: Any
+    balancer: optax.GradientTransformationExtraArgs,
+    state: PyTree,
+    losses: Any,
+    *,
+    features: PyTree = None,
+    **extra: Any,
 ) -> set[str]:
-    """Returns which arguments about losses of this shape a balancer asks for, by tracing it."""
+    """Returns which arguments about losses of this shape a balancer asks for, by tracing it.
+
+    ``losses`` and ``features`` may be shapes.
+    """
     zeros = lambda: jnp.zeros(losses.shape, at_least_float32(losses.dtype))
     gram = lambda: jnp.zeros(2 * losses.shape, zeros().dtype)
     supply = {
@@ -391,8 +400,12 @@ def asked(
     noting = {name: lambda name=name: names.add(name) or supply[name]() for name in supply}
 
     def trace(given):
-        update = lambda losses, state: balancer.update(losses, state, **given)
-        return jax.eval_shape(update, jax.ShapeDtypeStruct(losses.shape, losses.dtype), state)
+        def update(losses, state, features):
+            more = {} if features is None else {"features": features}
+            return balancer.update(losses, state, **given, **more)
+
+        shape = jax.ShapeDtypeStruct(losses.shape, losses.dtype)
+        return jax.eval_shape(update, shape, state, features)
 
     # What is not known here, features or a mapped axis, ends the search; nothing is carried there.
     with contextlib.suppress(MissingArgument, UnboundAxis):
@@ -451,13 +464,42 @@ def check_number(
     maximum: float | None = None,
     *,
     exclusive: bool = False,
+    per_task: bool = False,
+    schedule: bool = False,
 ) -> None:
-    """Raises ValueError for a concrete hyperparameter outside its range; lets tracers pass."""
-    if value is None or callable(value) or isinstance(value, jax.core.Tracer):
+    """Raises for a hyperparameter that is not what its method takes, or is outside its range.
+
+    Args:
+        name: of the hyperparameter, for the message.
+        value: a number or an array; the range is checked where it is concrete, and tracers pass.
+            None passes.
+        minimum: the smallest value, none if None.
+        maximum: the largest value, none if None.
+        exclusive: whether the bounds are outside the range.
+        per_task: whether it may be an array with an entry per task, whose length
+            :func:`check_per_task` checks; otherwise it is one number.
+        schedule: whether it may be a schedule of the method's step counter.
+
+    Raises:
+        TypeError: for what is no number, and for a schedule that the method cannot evaluate.
+        ValueError: for a value outside the range, or an array in the place of one number.
+    """
+    if value is None or (callable(value) and schedule):
         return
-    value = np.asarray(value)
-    if value.dtype.kind not in "fiu" and not jnp.issubdtype(value.dtype, jnp.floating):
-        raise TypeError(f"{name} must be a number, a traced array or a schedule; got {value!r}.")
+    if callable(value):
+        raise TypeError(
+            f"{name} takes no schedule; got {value!r}. Give a number or an array, or wrap the "
+            f"method: optax.inject_hyperparams(method)({name}=schedule)."
+        )
+    if not isinstance(value, jax.core.Tracer):
+        value = np.asarray(value)
+        if value.dtype.kind not in "fiu" and not jnp.issubdtype(value.dtype, jnp.floating):
+            kinds = "a number, a traced array or a schedule" if schedule else "a number"
+            raise TypeError(f"{name} must be {kinds}; got {value!r}.")
+    if not per_task:
+        check_shape(value, (), f"{name} must be one number.")
+    if isinstance(value, jax.core.Tracer):
+        return
     value = value.astype(np.float64)
     below = minimum is not None and (value <= minimum if exclusive else value < minimum).any()
     above = maximum is not None and (value >= maximum if exclusive else value > maximum).any()
@@ -467,15 +509,31 @@ def check_number(
         raise ValueError(f"{name} must be {' and '.join(bounds) or 'a number'}; got {value}.")
 
 
-def check_per_task(name: str, value: Any, num_tasks: int) -> Array:
-    """Returns a hyperparameter given per task, or one number for all, as (K,) values."""
-    value = jnp.asarray(value)
-    if value.shape not in ((), (num_tasks,)):
-        raise ValueError(
-            f"{name} must be one number or have an entry per task, shape ({num_tasks},); got "
-            f"shape {value.shape}."
-        )
+def check_per_task(name: str, value: Any, num_tasks: int, step: Array | None = None) -> Array:
+    """Returns a hyperparameter given per task, or one number for all, as (K,) values.
+
+    Args:
+        name: of the hyperparameter, for the message.
+        value: one number, (K,), or a schedule that returns either.
+        num_tasks: K.
+        step: where to evaluate a schedule.
+    """
+    value = jnp.asarray(value(step) if callable(value) else value)
+    if value.ndim:
+        message = f"{name} must be one number or have an entry per task."
+        check_shape(value, (num_tasks,), message)
     return jnp.broadcast_to(value, (num_tasks,))
+
+
+def check_shape(value: Any, shape: tuple[int, ...], message: str) -> None:
+    """Raises ValueError with both shapes and the message for a value of another shape."""
+    chex.assert_shape(
+        value,
+        shape,
+        custom_message=message,
+        include_default_message=False,
+        exception_type=ValueError,
+    )
 
 
 def present(losses: Array, mask: Array | None) -> Array:
@@ -494,7 +552,8 @@ def split_over_tasks(
     """Splits the value f(l) of a scalar objective into an entry per task.
 
     Entry k is ``l_k · sg(∂f/∂l_k)``, so that it carries task k's gradient, plus a constant under
-    ``stop_gradient`` that makes the sum over the present tasks equal f.
+    ``stop_gradient`` that makes the sum over the present tasks equal f. An f beyond the dtype's
+    largest number counts as that number; the gradient is right all the same.
 
     Args:
         value: f(l), scalar.
@@ -505,10 +564,15 @@ def split_over_tasks(
     Returns:
         ``(balanced (K,), weights (K,))``, the weights a constant.
     """
-    value, weights = jax.lax.stop_gradient((value, weights))
-    by_task = weights * losses
-    remainder = jax.lax.stop_gradient(value - jnp.sum(by_task, where=mask))
-    return by_task + remainder / num_present(losses, mask), weights
+    value, weights, constant = jax.lax.stop_gradient((value, weights, losses))
+    # Of finite losses, what is beyond the dtype's largest number counts as that number.
+    largest = jnp.where(jnp.isfinite(losses).all(), jnp.finfo(losses.dtype).max, jnp.inf)
+    bounded = lambda x: jnp.clip(x, -largest, largest)
+    count = num_present(losses, mask)
+    by_task = bounded(weights * constant)
+    # Each is divided before they are added up, so that no sum is larger than its parts.
+    remainder = bounded(value) / count - jnp.sum(by_task / count, where=mask)
+    return weights * (losses - constant) + bounded(by_task + remainder), weights
 
 
 def bounded_gradient(gradient: PyTree) -> PyTree:
@@ -525,8 +589,12 @@ def bounded_gradient(gradient: PyTree) -> PyTree:
 
 
 def at_step(value: Scalar, step: Array) -> Any:
-    """Evaluates a schedule at ``step``; returns numbers and arrays as they are."""
-    return value(step) if callable(value) else value
+    """Evaluates a schedule of one number at ``step``; returns numbers and arrays as they are."""
+    if not callable(value):
+        return value
+    value = jnp.asarray(value(step))
+    check_shape(value, (), "a schedule of one number must return one number.")
+    return value
 
 
 def usable(losses: Array, mask: Array | None) -> Array:
@@ -591,7 +659,7 @@ def _check_state(state: PyTree, expected: PyTree, num_tasks: int) -> None:
             )
 
 
-def _like(new: Any, old: Any) -> Array:
+def like(new: Any, old: Any) -> Array:
     """Casts to the dtype that ``init`` chose, so that scans and second calls do not retrace."""
     new = jnp.asarray(new)
     return new if jnp.issubdtype(new.dtype, jax.dtypes.prng_key) else new.astype(old.dtype)

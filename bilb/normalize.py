@@ -53,7 +53,7 @@ def scale_by(scales: jax.Array | float) -> optax.GradientTransformationExtraArgs
         >>> print(balanced)
         [0.5 2. ]
     """
-    base.check_number("scales", scales, minimum=0, exclusive=True)
+    base.check_number("scales", scales, minimum=0, exclusive=True, per_task=True)
 
     def init(num_tasks, dtype):
         del dtype
@@ -125,8 +125,11 @@ def scale_by_initial_ratio() -> optax.GradientTransformationExtraArgs:
         initial = _take_initial(losses, state.initial_losses, mask, statistics_of)
         magnitude = jnp.abs(initial)
         smallest = jnp.min(magnitude, where=initial != 0, initial=jnp.inf)
-        ratio = jnp.where(initial == 0, 1.0, magnitude / smallest)
-        return losses / ratio, InitialLossState(initial)
+        known = initial != 0
+        scale, smallest = jnp.where(known, magnitude, 1.0), jnp.where(known, smallest, 1.0)
+        # The ratio of the largest to the smallest of all numbers is none; the order avoids it.
+        scaled = jnp.where(scale > 1, losses / scale * smallest, losses * (smallest / scale))
+        return scaled, InitialLossState(initial)
 
     return base.loss_transformation(_init_initial, update)
 
@@ -220,7 +223,8 @@ def log_scale_by_initial_loss(
         initial = jnp.where(take, jax.lax.stop_gradient(taken_from), state.initial_losses)
         taken = jnp.where(take, state.step, state.taken)
         step = optax.safe_increment(state.step)
-        return jnp.log(floored / initial), LogScaleByInitialLossState(step, taken, initial)
+        # The quotient of a large and a small number may be beyond the dtype's range.
+        return jnp.log(floored) - jnp.log(initial), LogScaleByInitialLossState(step, taken, initial)
 
     return base.loss_transformation(init, update)
 

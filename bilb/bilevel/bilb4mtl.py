@@ -55,8 +55,10 @@ def bilb4mtl(
     constant, plus a constant without gradient that makes the sum Φ. The settings of the paper's
     four experiments are in ``bilb.presets``.
 
-    A negative loss is legitimate (logarithms are). A non-finite one makes the entries and the
-    router parameters that its gaps touch non-finite: wrap in :func:`bilb.skip_nonfinite`.
+    A negative loss is legitimate (logarithms are), and so is any finite one: what is beyond the
+    dtype's largest number counts as that number. A non-finite one makes the entries and the
+    router parameters that its gaps touch useless, most of them NaN: wrap in
+    :func:`bilb.skip_nonfinite`.
 
     Args:
         penalty: λ >= 0, weight of the discrepancy; a number, a traced scalar or a schedule of the
@@ -83,7 +85,7 @@ def bilb4mtl(
 
     Raises:
         ValueError: for a negative concrete penalty or one that is not a scalar, an unknown divisor,
-            or a router that does not return K weights.
+            a router that does not return K weights, or a discrepancy that is not a scalar.
         TypeError: for a router that is not a ``bilb.Router``, and for a mask when ``discrepancy``
             takes no ``where``.
         MissingArgument: for a router that reads features and gets none.
@@ -102,10 +104,10 @@ def bilb4mtl(
         *LDC-MTL*, arXiv 2502.08585, Algorithm 2.
     """
     optimizer = optax.with_extra_args_support(optimizer)
-    base.check_number("penalty", penalty, minimum=0)
-    if not callable(penalty) and jnp.ndim(penalty) != 0:
-        raise ValueError(f"penalty must be one number; got shape {jnp.shape(penalty)}.")
+    base.check_number("penalty", penalty, minimum=0, schedule=True)
     balance = balanced_losses(router, discrepancy, weighted=weighted, divisor=divisor)
+    given = routers.Router(router.init, apply=lambda weights, _: weights)
+    balance_by = balanced_losses(given, discrepancy, weighted=weighted, divisor=divisor)
 
     def init(num_tasks, dtype):
         parameters = router.init(num_tasks, dtype)
@@ -120,11 +122,17 @@ def bilb4mtl(
         current = base.at_step(penalty, state.step)
         balanced, weights = balance(state.router, losses, features, mask, current)
 
-        def objective(parameters):
-            constants = jax.lax.stop_gradient((losses, features))
-            return balance(parameters, *constants, mask, current)[0].sum()
+        constants = jax.lax.stop_gradient((losses, features))
 
-        gradient = base.bounded_gradient(jax.grad(objective)(state.router))
+        def objective(weights):
+            return balance_by(weights, *constants, mask, current)[0].sum()
+
+        constant_weights, pullback = jax.vjp(
+            lambda parameters: router.apply(parameters, constants[1]), state.router
+        )
+        # Bounded before the router adds them up, where inf - inf would be NaN for ever.
+        by_weights = base.bounded_gradient(jax.grad(objective)(constant_weights))
+        gradient = base.bounded_gradient(pullback(by_weights)[0])
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.router)
         return balanced, BiLB4MTLState(
             step=optax.safe_increment(state.step),
@@ -158,13 +166,14 @@ def balanced_losses(
         raise ValueError(f'divisor must be None, "sum" or "stop_gradient_sum"; got {divisor!r}.')
     takes_where = "where" in inspect.signature(discrepancy).parameters
 
+    def distance(u, **options):
+        f = discrepancy(u, **options)
+        base.check_shape(f, (), "the discrepancy must return one number.")
+        return f
+
     def balance(parameters, losses, features, mask, penalty):
         weights = router.apply(parameters, features)
-        if jnp.shape(weights) != losses.shape:
-            raise ValueError(
-                f"the router must return a weight per task, shape {losses.shape}; got shape "
-                f"{jnp.shape(weights)}."
-            )
+        base.check_shape(weights, losses.shape, "the router must return a weight per task.")
         if mask is not None and not takes_where:
             raise TypeError(
                 "a mask needs a discrepancy with a `where` keyword, the (K,) bool of the tasks "
@@ -173,7 +182,7 @@ def balanced_losses(
         options = {} if mask is None else {"where": mask}
         u = weights * losses
         compared = u if weighted else losses
-        f, df = jax.value_and_grad(discrepancy)(jax.lax.stop_gradient(compared), **options)
+        f, df = jax.value_and_grad(distance)(jax.lax.stop_gradient(compared), **options)
         if divisor is None:
             s = 1.0
         else:

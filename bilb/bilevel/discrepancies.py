@@ -2,7 +2,8 @@
 
 Each takes ``where`` (K,) bool or None, the tasks that count; with none or one of them it is 0. The
 absolute value has derivative 0 at 0, because every normalisation by initial losses starts with all
-gaps exactly zero. Use ``functools.partial`` to fix options. Any callable of the same shape serves
+gaps exactly zero. A value beyond the dtype's largest number is infinite; its derivative is right
+all the same. Use ``functools.partial`` to fix options. Any callable of the same shape serves
 as the discrepancy of :func:`bilb.bilb4mtl`; it needs ``where`` only if masks are used.
 """
 
@@ -47,8 +48,8 @@ def adjacent(u: jax.Array, *, where: jax.Array | None = None, mean: bool = False
 def pairwise(u: jax.Array, *, where: jax.Array | None = None, mean: bool = False) -> jax.Array:
     """Sum over all pairs: ``Σ_{i<j} |u_i - u_j|``, whatever the order of the tasks.
 
-    Sorting makes it O(K log K): task i adds u_i times (tasks below it - tasks above it), which is
-    the derivative as well, ties included.
+    Sorting makes it O(K log K): the derivative by u_i is (tasks below it - tasks above it), ties
+    included, and the gap between ranks i and i + 1 enters the value i (K - i) times.
 
     Args:
         u: (K,) losses, weighted or not.
@@ -65,10 +66,14 @@ def pairwise(u: jax.Array, *, where: jax.Array | None = None, mean: bool = False
     """
     present = jnp.ones(u.shape, bool) if where is None else where
     count = jnp.sum(present)
-    ranked = jnp.sort(jnp.where(present, jax.lax.stop_gradient(u), jnp.inf))
-    below = jnp.searchsorted(ranked, u, side="left")
-    above = count - jnp.searchsorted(ranked, u, side="right")
-    total = jnp.sum((below - above) * u, where=present)
+    constant = jax.lax.stop_gradient(u)
+    ranked = jnp.sort(jnp.where(present, constant, jnp.inf))
+    below = jnp.searchsorted(ranked, constant, side="left")
+    above = count - jnp.searchsorted(ranked, constant, side="right")
+    i = jnp.arange(1, u.shape[0])
+    # A sum of gaps, as the derivative times u would be inf - inf for large losses.
+    total = jnp.sum(jnp.diff(ranked) * (i * (count - i)).astype(u.dtype), where=i < count)
+    total += jnp.sum((below - above) * (u - constant), where=present)
     return total / jnp.maximum(count * (count - 1) / 2, 1).astype(u.dtype) if mean else total
 
 
@@ -110,9 +115,28 @@ def variance(u: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
         >>> print(bilb.discrepancies.variance(jnp.array([1.0, 4.0, 1.0])))
         2.0
     """
-    count = u.shape[0] if where is None else jnp.maximum(jnp.sum(where), 1)
-    centred = u - jnp.sum(u, where=where) / count
-    return jnp.sum(centred**2, where=where) / count
+    return _variance(u, jnp.ones(u.shape, bool) if where is None else where)
+
+
+@jax.custom_jvp
+def _variance(u, where):
+    terms = _centred(u, where)
+    count = jnp.maximum(jnp.sum(where), 1).astype(u.dtype)
+    return jnp.sum(terms**2, where=where) * count
+
+
+@_variance.defjvp
+def _variance_jvp(primals, tangents):
+    # The square may be infinite where its derivative, 2 (u - mean u) / K, is not.
+    terms = _centred(*primals)
+    return _variance(*primals), 2 * jnp.sum(terms * tangents[0], where=primals[1])
+
+
+def _centred(u, where):
+    """Returns ``(u - mean u) / K``, each divided first, so that large losses stay finite."""
+    count = jnp.maximum(jnp.sum(where), 1).astype(u.dtype)
+    shares = u / count
+    return shares - jnp.sum(shares, where=where) / count
 
 
 def _abs(x):

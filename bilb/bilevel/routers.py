@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,10 @@ class Router(NamedTuple):
 def softmax(initial: jax.Array | float = 0.0, clip: tuple[float, float] | None = None) -> Router:
     """``softmax(W)``: weights that sum to one.
 
-    Without ``clip`` minimising the weighted sum drives the weights onto the smallest loss.
+    Without ``clip`` minimising the weighted sum drives the weights onto the smallest loss. With it,
+    a weight outside the bounds passes no gradient, as in the official code; it moves only with the
+    logits of the others. Where all weights lie outside, none does, and the router never moves
+    again: initialise it inside.
 
     Args:
         initial: initial logits, one number or (K,).
@@ -61,6 +65,8 @@ def softmax(initial: jax.Array | float = 0.0, clip: tuple[float, float] | None =
         >>> print(router.apply(router.init(4, jnp.float32), None))
         [0.25 0.25 0.25 0.25]
     """
+
+    base.check_number("initial", initial, per_task=True)
 
     def init(num_tasks, dtype):
         _check_clip(clip, num_tasks)
@@ -84,6 +90,7 @@ def sigmoid(initial: jax.Array | float = 1.0) -> Router:
         >>> print(router.apply(router.init(2, jnp.float32), None))
         [0.5 0.5]
     """
+    base.check_number("initial", initial, per_task=True)
     return Router(
         lambda num_tasks, dtype: _full(initial, num_tasks, dtype),
         lambda logits, _: jax.nn.sigmoid(logits),
@@ -96,8 +103,8 @@ def relu_sigmoid(minval: float = 0.2, maxval: float = 1.0, key: int | jax.Array 
     The weights stay in [0.5, 1), and a weight that reaches 0.5 learns no more.
 
     Args:
-        minval: lower end of the initial W.
-        maxval: upper end of the initial W.
+        minval: lower end of the initial W, one number.
+        maxval: upper end of the initial W, one number.
         key: seed or JAX key of the draw.
 
     Returns:
@@ -110,6 +117,9 @@ def relu_sigmoid(minval: float = 0.2, maxval: float = 1.0, key: int | jax.Array 
         >>> print(bool((weights > 0.54).all() and (weights < 0.74).all()))
         True
     """
+
+    base.check_number("minval", minval)
+    base.check_number("maxval", maxval)
 
     def init(num_tasks, dtype):
         return jax.random.uniform(base.as_key(key), (num_tasks,), dtype, minval, maxval)
@@ -130,7 +140,8 @@ def linear_softmax(
     Args:
         num_features: F, the number of features; static.
         clip: bounds on the weights as in :func:`softmax`. The default (0.2, 0.8) of the official
-            code can hold for 2 to 4 tasks only; beyond, narrow it or give None.
+            code can hold for 2 to 4 tasks only; beyond, narrow it or give None. While all weights
+            lie outside the bounds the layer does not move; other features may bring them back.
         key: seed or JAX key of the initial layer, U(-1/√F, 1/√F).
 
     Returns:
@@ -257,9 +268,13 @@ def _check_features(features, num_features, router):
             router,
             "call update(losses, state, features=...) with the features that it reads.",
         )
-    if jnp.ndim(features) == 0 or jnp.shape(features)[-1] != num_features:
-        raise ValueError(
-            f"{router} was built for {num_features} features; got features of shape "
-            f"{jnp.shape(features)}. The last axis must have length {num_features}."
-        )
-    return jnp.asarray(features)
+    features = jnp.asarray(features)
+    chex.assert_axis_dimension(
+        features,
+        axis=-1,
+        expected=num_features,
+        custom_message=f"{router} was built for {num_features} features; got {features.shape}.",
+        include_default_message=False,
+        exception_type=ValueError,
+    )
+    return features

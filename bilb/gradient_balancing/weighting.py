@@ -123,7 +123,7 @@ def gram_weighting(
 
 def check_decay(decay: base.Scalar) -> None:
     """Raises ValueError for a decay outside [0, 1)."""
-    base.check_number("decay", decay, minimum=0, maximum=1)
+    base.check_number("decay", decay, minimum=0, maximum=1, schedule=True)
     if isinstance(decay, int | float) and decay == 1:
         raise ValueError("decay must be < 1, or nothing is ever learnt; got 1.")
 

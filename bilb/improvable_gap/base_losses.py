@@ -56,3 +56,12 @@ def observe(
     count = state.count + take
     shift = (jax.lax.stop_gradient(losses) - state.mean) / jnp.maximum(count, 1)
     return BaseLosses(state.mean + jnp.where(take, shift, 0), count), known
+
+
+def relative(losses: jax.Array, base_losses: jax.Array, floor: Any) -> jax.Array:
+    """Returns ``l / max(l^b, floor)`` (K,), within the range of the dtype.
+
+    A quotient beyond the largest number counts as that number: a softmax of infinities is NaN.
+    """
+    largest = jnp.finfo(losses.dtype).max
+    return jnp.clip(losses / jnp.maximum(base_losses, floor), -largest, largest)

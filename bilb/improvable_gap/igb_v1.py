@@ -90,9 +90,7 @@ def igb_v1(
             windows.BaseLosses(state.base_losses, state.base_counts),
             losses, usable, state.step, base_start, base_steps,
         )  # fmt: skip
-        # A quotient beyond the largest number would make the softmax inf - inf.
-        largest = jnp.finfo(losses.dtype).max
-        gap = jnp.minimum(jax.lax.stop_gradient(losses) / jnp.maximum(means.mean, floor), largest)
+        gap = windows.relative(jax.lax.stop_gradient(losses), means.mean, floor)
         weights = jnp.sum(usable) * jax.nn.softmax(gap, where=usable)
         weights = jnp.where(known & usable, weights, state.weights)
         balanced = weights * jnp.log(base.at_least(losses, floor))

@@ -177,8 +177,9 @@ def igb_v2(
     base.check_number("buffer_size", buffer_size, minimum=1)
     base.check_number("batch_size", batch_size, minimum=2)
     base.check_number("batch_size * buffer_size", batch_size * buffer_size, maximum=2**30 - 1)
-    base.check_number("reward_scale", reward_scale, minimum=0)
-    base.check_number("hidden", hidden, minimum=1)
+    base.check_number("reward_scale", reward_scale, minimum=0, schedule=True)
+    for width in hidden:
+        base.check_number("hidden", width, minimum=1)
     base.check_number("discount", discount, minimum=0, maximum=1)
     base.check_number("polyak", polyak, minimum=0, maximum=1)
     base.check_number("initial_temperature", initial_temperature, minimum=0, exclusive=True)
@@ -269,7 +270,7 @@ def igb_v2_step(
         losses, usable, state.step, settings.base_start, settings.base_steps,
     )  # fmt: skip
 
-    gap = (state.last_losses - observed) / jnp.maximum(means.mean, settings.floor)
+    gap = windows.relative(state.last_losses - observed, means.mean, settings.floor)
     gap = jnp.min(gap, where=usable & (state.base_counts > 0), initial=jnp.inf)
     transition = sac.Transitions(
         states=bounded(state.last_losses),

@@ -1,4 +1,4 @@
-"""COSMOS, arXiv 2103.12718: a weighted sum that rewards losses parallel to the preference.
+"""COSMOS, arXiv 2103.13392: a weighted sum that rewards losses parallel to the preference.
 
 ``objective = rᵀl - λ cos(r, l)`` with the preference r
 """
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from bilb import base
+from bilb.loss_balancing import joint
 
 _SMALLEST_NORM = 1e-8
 
@@ -24,7 +25,7 @@ class COSMOSState(NamedTuple):
 
 
 def cosmos(
-    penalty: base.Scalar, *, preference: jax.Array | float | None = None
+    penalty: base.Scalar, *, preference: jax.Array | float | optax.Schedule | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Minimises a weighted sum of the losses minus the cosine between losses and preference.
 
@@ -34,21 +35,23 @@ def cosmos(
 
     The effective weights are ``r - λ ∂cos/∂l``; they sum to no fixed number, and where λ is large
     against the losses that of a task whose share is below its preference is negative. Any finite
-    loss is legitimate. A loss vector shorter than 1e-8 has its length taken as 1e-8 in the cosine.
-    A non-finite loss makes all entries non-finite: wrap in :func:`bilb.skip_nonfinite`.
+    loss is legitimate; an objective beyond the dtype's largest number counts as that number, and
+    the weights are right all the same. A loss vector shorter than 1e-8 has its length taken as 1e-8
+    in the cosine. A non-finite loss makes all entries non-finite: wrap in
+    :func:`bilb.skip_nonfinite`.
 
     Args:
         penalty: λ >= 0, in the units of the losses; a number, a traced scalar or a schedule of the
             state's ``step``. No default: the paper tunes it per data set.
-        preference: r >= 0, one number or (K,). None means 1 / K for every task (with a mask: one
-            over the number of present tasks).
+        preference: r >= 0, one number or (K,), or a schedule of either. None means 1 / K for every
+            task (with a mask: one over the number of present tasks).
 
     Returns:
         A loss transformation whose state has the fields ``step`` and ``weights`` (K,).
 
     Raises:
-        ValueError: for a concrete negative ``penalty`` or preference, or a preference that is
-            neither a number nor (K,).
+        ValueError: for a concrete negative ``penalty`` or preference, a penalty that is not one
+            number, or a preference that is neither a number nor (K,).
 
     Example:
         >>> import jax.numpy as jnp, bilb
@@ -60,35 +63,27 @@ def cosmos(
 
     References:
         Ruchte and Grabocka, *Scalable Pareto Front Approximation for Deep Multi-Objective
-        Learning*, arXiv 2103.12718.
+        Learning*, arXiv 2103.13392.
     """
-    base.check_number("penalty", penalty, minimum=0)
-    base.check_number("preference", preference, minimum=0)
-    default = preference
+    base.check_number("penalty", penalty, minimum=0, schedule=True)
 
-    def init(num_tasks, dtype):
-        base.check_per_task("preference", 1.0 if default is None else default, num_tasks)
-        return COSMOSState(base.new_step(), jnp.ones(num_tasks, dtype))
+    def formula(losses, preference, step, mask):
+        del mask
+        lamb = base.at_step(penalty, step)
+        ray = joint.direction(preference)
+        # In units of the largest loss no square leaves the dtype's range; cos knows no units.
+        size = jnp.maximum(jnp.max(jnp.abs(losses)), _SMALLEST_NORM)
 
-    def update(losses, state, *, mask, preference=None, **_):
-        lamb = base.at_step(penalty, state.step)
-        if preference is None:
-            equal = 1.0 / base.num_present(losses, mask)
-            preference = equal if default is None else default
-        r = base.check_per_task("preference", preference, losses.shape[0])
-        r = jnp.where(base.present(losses, mask), r, 0.0).astype(losses.dtype)
+        def cosine(losses):
+            squares = jnp.sum(losses**2)
+            smallest = (_SMALLEST_NORM / size) ** 2
+            return jnp.sum(ray * losses) / jnp.sqrt(
+                jnp.where(squares > smallest, squares, smallest)
+            )
 
-        def objective(losses):
-            product = jnp.sum(r * losses)
-            return product - lamb * product / (_norm(r) * _norm(losses))
+        scaled = joint.in_units_of(size, losses)
+        cos, slope = jax.value_and_grad(cosine)(scaled)
+        value = size * jnp.sum(preference * scaled) - lamb * cos
+        return value, preference - lamb * (slope / size)
 
-        def _norm(vector):
-            squares = jnp.sum(vector**2, where=mask)
-            smallest = _SMALLEST_NORM**2
-            return jnp.sqrt(jnp.where(squares > smallest, squares, smallest))
-
-        value, weights = jax.value_and_grad(objective)(jax.lax.stop_gradient(losses))
-        balanced, weights = base.split_over_tasks(value, weights, losses, mask)
-        return balanced, COSMOSState(optax.safe_increment(state.step), weights)
-
-    return base.loss_transformation(init, update)
+    return joint.scalarization("cosmos", COSMOSState, formula, preference)

@@ -75,7 +75,8 @@ def dwa(
         static in ``optax.inject_hyperparams``, and so is ``window`` if the windows slide.
 
     Raises:
-        ValueError: for a concrete ``temperature`` <= 0 or ``window`` < 1, or an unknown reduction.
+        ValueError: for a concrete ``temperature`` <= 0 or ``window`` < 1, arrays in their place, an
+            unknown reduction, or a ``transform`` that does not return (K,).
 
     Example:
         >>> import jax.numpy as jnp, numpy as np, bilb
@@ -91,21 +92,25 @@ def dwa(
     References:
         Liu et al., *End-to-End Multi-Task Learning with Attention*, arXiv 1803.10704.
     """
-    base.check_number("temperature", temperature, minimum=0, exclusive=True)
+    base.check_number("temperature", temperature, minimum=0, exclusive=True, schedule=True)
     base.check_number("window", window, minimum=1)
     if reduction not in ("sum", "mean"):
         raise ValueError(f'reduction must be "sum" or "mean"; got {reduction!r}.')
 
-    weighed = transform or (lambda losses: losses)
+    def weighed(losses):
+        if transform is None:
+            return losses
+        values = transform(losses)
+        base.check_shape(values, losses.shape, "transform must return an entry per task.")
+        return values
 
     def initial_weights(num_tasks, dtype):
         return jnp.full(num_tasks, 1.0 if reduction == "sum" else 1.0 / num_tasks, dtype)
 
     def weigh(later, earlier, known, step, losses, mask):
         ratio = jnp.where(known & (earlier != 0), later / jnp.where(earlier == 0, 1, earlier), 1.0)
-        logits = ratio / base.at_step(temperature, step)
         total = base.num_present(losses, mask) if reduction == "sum" else 1
-        return total * joint.log_sum_exp_and_softmax(logits, mask)[1]
+        return total * joint.smooth_maximum(ratio, base.at_step(temperature, step), mask)[1]
 
     def init(num_tasks, dtype):
         zeros = lambda dtype=dtype: jnp.zeros(num_tasks, dtype)
@@ -150,7 +155,8 @@ def dwa(
         values, usable = jax.lax.stop_gradient(losses), base.usable(losses, mask)
         shifted = jnp.concatenate([state.recent_losses[1:], values[None]])
         recent = jnp.where(usable, shifted, state.recent_losses)
-        earlier, later = recent[:window].mean(axis=0), recent[window:].mean(axis=0)
+        # Divided first, as a sum of large losses may not be finite.
+        earlier, later = (recent / window).reshape(2, window, -1).sum(axis=1)
         weights = weigh(later, earlier, state.step > window, state.step, losses, mask)
         return weights * weighed(losses), SlidingDWAState(
             step=optax.safe_increment(state.step), weights=weights, recent_losses=recent

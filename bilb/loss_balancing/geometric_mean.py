@@ -63,7 +63,9 @@ def geometric_mean(floor: float | jax.Array = 1e-8) -> optax.GradientTransformat
         num_tasks = base.num_present(losses, mask)
         floored = base.at_least(losses, floor)
         objective = jnp.exp(jnp.sum(jnp.log(floored), where=mask) / num_tasks)
-        weights = jnp.where(losses > floor, objective / (num_tasks * floored), 0.0)
+        # The quotient may be beyond the largest number where losses are 38 decades apart.
+        quotient = jnp.minimum(objective / floored, jnp.finfo(losses.dtype).max)
+        weights = jnp.where(losses > floor, quotient / num_tasks, 0.0)
         balanced, weights = base.split_over_tasks(objective, weights, losses, mask)
         return balanced, GeometricMeanState(weights)
 

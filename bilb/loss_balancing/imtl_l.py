@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
 from bilb.loss_balancing import joint
 
 
@@ -61,21 +60,6 @@ def imtl_l(
     References:
         Liu et al., *Towards Impartial Multi-task Learning*, ICLR 2021.
     """
-    base.check_number("initial", initial)
-
-    def init(num_tasks, dtype):
-        start = jnp.array(base.check_per_task("initial", initial, num_tasks), dtype, copy=True)
-        return IMTLLState(start, jnp.exp(start), optimizer.init(start))
-
-    def update(losses, state, **_):
-        def objective(s, losses):
-            return jnp.exp(s) * losses - s
-
-        s = state.log_scales
-        constant = jax.lax.stop_gradient(losses)
-        new_s, opt_state = joint.learn_exponents(
-            optimizer, lambda s: objective(s, constant).sum(), s, state.opt_state
-        )
-        return objective(s, losses), IMTLLState(new_s, jnp.exp(s), opt_state)
-
-    return base.loss_transformation(init, update)
+    return joint.learnt_exponents(
+        "imtl_l", IMTLLState, jnp.exp, lambda s: -s, initial=initial, optimizer=optimizer
+    )

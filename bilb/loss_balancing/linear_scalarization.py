@@ -17,21 +17,23 @@ from bilb import base
 class LinearScalarizationState(NamedTuple):
     """State of :func:`linear_scalarization`."""
 
-    weights: jax.Array  # (K,)
+    step: jax.Array  # () int32
+    weights: jax.Array  # (K,) the weights just used
 
 
 def linear_scalarization(
-    weights: jax.Array | float | None = None,
+    weights: jax.Array | float | optax.Schedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Weighs the losses with constants; the plain sum by default.
 
     A non-finite loss stays in its own entry.
 
     Args:
-        weights: (K,) or one number for all tasks, not negative; None means 1 for every task.
+        weights: (K,) or one number for all tasks, not negative, or a schedule of either; None means
+            1 for every task.
 
     Returns:
-        A loss transformation whose state has the field ``weights`` (K,).
+        A loss transformation whose state has the fields ``step`` and ``weights`` (K,).
 
     Raises:
         ValueError: for a concrete negative weight or a shape that is neither () nor (K,).
@@ -45,15 +47,17 @@ def linear_scalarization(
         [2. 3.] [1.  0.1]
     """
     weights = 1.0 if weights is None else weights
-    base.check_number("weights", weights, minimum=0)
+    base.check_number("weights", weights, minimum=0, per_task=True, schedule=True)
 
     def init(num_tasks, dtype):
-        values = base.check_per_task("weights", weights, num_tasks)
-        return LinearScalarizationState(jnp.array(values, dtype, copy=True))
+        step = base.new_step()
+        values = base.check_per_task("weights", weights, num_tasks, step)
+        return LinearScalarizationState(step, jnp.array(values, dtype, copy=True))
 
     def update(losses, state, **_):
-        del state
-        values = base.check_per_task("weights", weights, losses.shape[0])
-        return values * losses, LinearScalarizationState(values)
+        values = base.check_per_task("weights", weights, losses.shape[0], state.step)
+        return values * losses, LinearScalarizationState(
+            optax.safe_increment(state.step), values.astype(losses.dtype)
+        )
 
     return base.loss_transformation(init, update)

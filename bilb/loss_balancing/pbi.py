@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import optax
 
 from bilb import base
+from bilb.loss_balancing import joint
 
-_SMOOTHING = 1e-12  # under the root, as in TorchJD
+_SMOOTHING = 1e-6  # its square is under the root, as in TorchJD
+_SMALLEST = 1e-18  # of the smoothing relative to the losses; its square is a normal number
 
 
 class PBIState(NamedTuple):
@@ -28,8 +30,8 @@ class PBIState(NamedTuple):
 def pbi(
     penalty: base.Scalar = 5.0,
     *,
-    preference: jax.Array | float | None = None,
-    reference: jax.Array | float = 0.0,
+    preference: jax.Array | float | optax.Schedule | None = None,
+    reference: jax.Array | float | optax.Schedule = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Descends along a ray through loss space and penalises the distance from it.
 
@@ -37,21 +39,25 @@ def pbi(
     front: the losses end up in the ratio of the preferences. The effective weight of a task far
     below the ray is negative, its loss may rise; with a penalty of 0 no weight is.
 
-    Any finite loss is legitimate. The distance is smoothed by 1e-12 under the root. A non-finite
-    loss makes all entries non-finite: wrap in :func:`bilb.skip_nonfinite`.
+    Any finite loss is legitimate; an objective beyond the dtype's largest number counts as that
+    number, and the weights are right all the same. The distance is smoothed by 1e-12 under the
+    root. A non-finite loss makes all entries non-finite: wrap in :func:`bilb.skip_nonfinite`.
 
     Args:
         penalty: θ >= 0; a number, a traced scalar or a schedule of the state's ``step``. Default 5,
             as in the paper's experiments.
-        preference: λ >= 0, one number or (K,); only its direction matters. None means equal losses.
-        reference: z, the ideal point, in the units of the losses, one number or (K,); default 0.
+        preference: λ >= 0, one number or (K,), or a schedule of either; only its direction
+            matters. None means equal losses. ``update(losses, state, preference=λ)`` takes
+            precedence.
+        reference: z, the ideal point, in the units of the losses, one number or (K,), or a
+            schedule of either; default 0.
 
     Returns:
         A loss transformation whose state has the fields ``step`` and ``weights`` (K,).
 
     Raises:
-        ValueError: for a concrete negative ``penalty`` or preference, or a shape that is neither ()
-            nor (K,).
+        ValueError: for a concrete negative ``penalty`` or preference, a penalty that is not one
+            number, or another shape that is neither () nor (K,).
 
     Example:
         >>> import jax.numpy as jnp, bilb
@@ -65,31 +71,22 @@ def pbi(
         Zhang and Li, *MOEA/D: A Multiobjective Evolutionary Algorithm Based on Decomposition*,
         IEEE Transactions on Evolutionary Computation 11(6), 2007.
     """
-    base.check_number("penalty", penalty, minimum=0)
-    base.check_number("preference", preference, minimum=0)
-    base.check_number("reference", reference)
-    preference = 1.0 if preference is None else preference
+    base.check_number("penalty", penalty, minimum=0, schedule=True)
 
-    def init(num_tasks, dtype):
-        base.check_per_task("preference", preference, num_tasks)
-        base.check_per_task("reference", reference, num_tasks)
-        return PBIState(base.new_step(), jnp.ones(num_tasks, dtype))
+    def formula(u, preference, step, mask):
+        del mask
+        theta = base.at_step(penalty, step)
+        ray = joint.direction(preference)
+        # In units of the largest distance no square leaves the dtype's range.
+        size = jnp.maximum(jnp.max(jnp.abs(u)), _SMOOTHING)
+        smoothing = jnp.maximum(_SMOOTHING / size, _SMALLEST)
 
-    def update(losses, state, *, mask, **_):
-        theta = base.at_step(penalty, state.step)
-        present = base.present(losses, mask)
-        lamb = jnp.where(present, preference, 0.0).astype(losses.dtype)
-        length = jnp.linalg.norm(lamb)
-        ray = lamb / jnp.where(length == 0, 1.0, length)
-
-        def objective(losses):
-            u = jnp.where(present, losses - reference, 0.0)
+        def objective(u):
             d1 = jnp.sum(ray * u)
-            d2 = jnp.sqrt(jnp.sum((u - d1 * ray) ** 2) + _SMOOTHING)
+            d2 = jnp.sqrt(jnp.sum((u - d1 * ray) ** 2) + smoothing**2)
             return d1 + theta * d2
 
-        value, weights = jax.value_and_grad(objective)(jax.lax.stop_gradient(losses))
-        balanced, weights = base.split_over_tasks(value, weights, losses, mask)
-        return balanced, PBIState(optax.safe_increment(state.step), weights)
+        value, weights = jax.value_and_grad(objective)(joint.in_units_of(size, u))
+        return size * value, weights
 
-    return base.loss_transformation(init, update)
+    return joint.scalarization("pbi", PBIState, formula, preference, reference)

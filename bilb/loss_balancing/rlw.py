@@ -46,7 +46,7 @@ def rlw(
         and ``sample`` are static in ``optax.inject_hyperparams``.
 
     Raises:
-        ValueError: for an unknown ``sum_to``.
+        ValueError: for an unknown ``sum_to``, or a ``sample`` that does not return (K,).
 
     Example:
         >>> import jax.numpy as jnp, bilb
@@ -70,6 +70,7 @@ def rlw(
     def update(losses, state, *, mask, **_):
         key, subkey = jax.random.split(state.key)
         logits = sample(subkey, losses.shape, losses.dtype)
+        base.check_shape(logits, losses.shape, "sample must return a logit per task.")
         total = base.num_present(losses, mask) if sum_to == "tasks" else 1
         weights = total * jax.nn.softmax(logits, where=mask)
         return weights * losses, RLWState(key, weights)

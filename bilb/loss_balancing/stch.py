@@ -21,7 +21,7 @@ class STCHState(NamedTuple):
     """State of :func:`stch`."""
 
     step: jax.Array  # () int32
-    weights: jax.Array  # (K,) the effective weights just used; 1 / K at first
+    weights: jax.Array  # (K,) the effective weights just used; 1 at first
 
 
 class STCHNadirState(NamedTuple):
@@ -36,8 +36,8 @@ class STCHNadirState(NamedTuple):
 def stch(
     mu: base.Scalar = 1.0,
     *,
-    preference: jax.Array | float | None = None,
-    reference: jax.Array | float = 0.0,
+    preference: jax.Array | float | optax.Schedule | None = None,
+    reference: jax.Array | float | optax.Schedule = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Minimises a smooth maximum of the preference-weighted distances to a reference point.
 
@@ -51,16 +51,18 @@ def stch(
     Args:
         mu: smoothing μ > 0 in the units of λ l; a number, a traced scalar or a schedule of the
             state's ``step``. Default 1, as in LibMTL.
-        preference: λ >= 0, one number or (K,). None means 1 / K for every task (with a mask: one
-            over the number of present tasks), as in TorchJD.
-        reference: z, the ideal point, in the units of the losses, one number or (K,); default 0.
+        preference: λ >= 0, one number or (K,), or a schedule of either. None means 1 / K for every
+            task (with a mask: one over the number of present tasks), as in TorchJD.
+            ``update(losses, state, preference=λ)`` takes precedence.
+        reference: z, the ideal point, in the units of the losses, one number or (K,), or a
+            schedule of either; default 0.
 
     Returns:
         A loss transformation whose state has the fields ``step`` and ``weights`` (K,).
 
     Raises:
-        ValueError: for a concrete ``mu`` <= 0, a concrete negative preference, or a shape that is
-            neither () nor (K,).
+        ValueError: for a concrete ``mu`` <= 0, a concrete negative preference, a ``mu`` that is
+            not one number, or another shape that is neither () nor (K,).
 
     Example:
         >>> import jax.numpy as jnp, bilb
@@ -74,24 +76,14 @@ def stch(
         Lin et al., *Smooth Tchebycheff Scalarization for Multi-Objective Optimization*,
         arXiv 2402.19078.
     """
-    base.check_number("mu", mu, minimum=0, exclusive=True)
-    base.check_number("preference", preference, minimum=0)
-    base.check_number("reference", reference)
+    base.check_number("mu", mu, minimum=0, exclusive=True, schedule=True)
 
-    def init(num_tasks, dtype):
-        base.check_per_task("preference", 1.0 if preference is None else preference, num_tasks)
-        base.check_per_task("reference", reference, num_tasks)
-        return STCHState(base.new_step(), jnp.full(num_tasks, 1.0 / num_tasks, dtype))
+    def formula(u, preference, step, mask):
+        smoothing = base.at_step(mu, step)
+        value, softmax = joint.smooth_maximum(preference * u, smoothing, mask)
+        return value, preference * softmax
 
-    def update(losses, state, *, mask, **_):
-        smoothing = base.at_step(mu, state.step)
-        lamb = 1.0 / base.num_present(losses, mask) if preference is None else preference
-        values = lamb * (losses - reference) / smoothing
-        log_sum, softmax = joint.log_sum_exp_and_softmax(values, mask)
-        balanced, weights = base.split_over_tasks(smoothing * log_sum, lamb * softmax, losses, mask)
-        return balanced, STCHState(optax.safe_increment(state.step), weights)
-
-    return base.loss_transformation(init, update)
+    return joint.scalarization("stch", STCHState, formula, preference, reference)
 
 
 def stch_nadir(
@@ -146,7 +138,7 @@ def stch_nadir(
         Lin et al., *Smooth Tchebycheff Scalarization for Multi-Objective Optimization*,
         arXiv 2402.19078, multi-task experiments of the official code.
     """
-    base.check_number("mu", mu, minimum=0, exclusive=True)
+    base.check_number("mu", mu, minimum=0, exclusive=True, schedule=True)
     base.check_number("warmup_steps", warmup_steps, minimum=0)
     base.check_number("nadir_steps", nadir_steps, minimum=1)
     base.check_number("floor", floor, minimum=0, exclusive=True)
@@ -169,9 +161,8 @@ def stch_nadir(
         logarithms = jnp.log(floored)
 
         ratios = logarithms - jnp.log(jnp.where(ready, state.nadir, 1.0))
-        log_sum, softmax = joint.log_sum_exp_and_softmax(ratios / smoothing, joined)
-        maximum = num_joined * smoothing * log_sum
-        value = maximum + jnp.sum(logarithms, where=present & ~ready)
+        maximum, softmax = joint.smooth_maximum(ratios, smoothing, joined)
+        value = num_joined * maximum + jnp.sum(logarithms, where=present & ~ready)
         weights = jnp.where(ready, num_joined * softmax, 1.0) / floored
         weights = jnp.where(losses > floor, weights, 0.0)
         balanced, weights = base.split_over_tasks(value, weights, losses, mask)

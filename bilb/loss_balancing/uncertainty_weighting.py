@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
 from bilb.loss_balancing import joint
 
 
@@ -64,22 +63,11 @@ def uncertainty_weighting(
         Kendall et al., *Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry
         and Semantics*, arXiv 1705.07115, in terms of s = log σ² and with ½ on both terms.
     """
-    base.check_number("initial", initial)
-
-    def init(num_tasks, dtype):
-        start = jnp.array(base.check_per_task("initial", initial, num_tasks), dtype, copy=True)
-        return UncertaintyWeightingState(start, 0.5 * jnp.exp(-start), optimizer.init(start))
-
-    def update(losses, state, **_):
-        def objective(s, losses):
-            return 0.5 * (jnp.exp(-s) * losses + s)
-
-        s = state.log_variances
-        constant = jax.lax.stop_gradient(losses)
-        new_s, opt_state = joint.learn_exponents(
-            optimizer, lambda s: objective(s, constant).sum(), s, state.opt_state
-        )
-        weights = 0.5 * jnp.exp(-s)
-        return objective(s, losses), UncertaintyWeightingState(new_s, weights, opt_state)
-
-    return base.loss_transformation(init, update)
+    return joint.learnt_exponents(
+        "uncertainty_weighting",
+        UncertaintyWeightingState,
+        lambda s: 0.5 * jnp.exp(-s),
+        lambda s: 0.5 * s,
+        initial=initial,
+        optimizer=optimizer,
+    )
