@@ -66,7 +66,7 @@ def cr_mogm(
         Zhou et al., *On the convergence of stochastic multi-objective gradient manipulation and
         beyond*, NeurIPS 2022.
     """
-    base.check_number("alpha", alpha, minimum=0, maximum=1)
+    base.check_number("alpha", alpha, minimum=0, maximum=1, schedule=True)
     inner = base.as_link(inner)
 
     def init_fn(losses):

@@ -55,8 +55,8 @@ def modo(
         Chen et al., *Three-way trade-off in multi-objective learning: optimization, generalization
         and conflict-avoidance*, arXiv 2305.20057.
     """
-    base.check_number("gamma", gamma, minimum=0, exclusive=True)
-    base.check_number("rho", rho, minimum=0)
+    base.check_number("gamma", gamma, minimum=0, exclusive=True, schedule=True)
+    base.check_number("rho", rho, minimum=0, schedule=True)
 
     def weigh(gram, memory, step):
         lam = onto_simplex(memory, gram.present)

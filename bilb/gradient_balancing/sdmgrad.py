@@ -73,11 +73,11 @@ def sdmgrad(
         Xiao, Ban and Ji, *Direction-oriented multi-objective learning: simple and provable
         stochastic algorithms*, arXiv 2305.18409.
     """
-    base.check_number("lamb", lamb, minimum=0)
+    base.check_number("lamb", lamb, minimum=0, schedule=True)
     base.check_number("steps", steps, minimum=1)
-    base.check_number("learning_rate", learning_rate, minimum=0, exclusive=True)
-    base.check_number("momentum", momentum, minimum=0, maximum=1)
-    base.check_number("eps", eps, minimum=0)
+    base.check_number("learning_rate", learning_rate, minimum=0, exclusive=True, schedule=True)
+    base.check_number("momentum", momentum, minimum=0, maximum=1, schedule=True)
+    base.check_number("eps", eps, minimum=0, schedule=True)
 
     def weigh(gram, memory, step):
         at_step = lambda value: base.at_step(value, step)
