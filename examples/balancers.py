@@ -1,7 +1,8 @@
 """The methods that the examples know by name, alone or in a chain such as ``igb_v1+mgda``.
 
 To add one, add a line to :data:`METHODS`: a function of the run's :class:`Settings` that returns a
-loss transformation.
+loss transformation. Aggregators of task gradients have a table of their own; links of METHODS go in
+front of them, as in ``si+graddrop``.
 """
 
 from __future__ import annotations
@@ -80,6 +81,24 @@ METHODS: dict[str, Factory] = {
     "cosmos": lambda s: bilb.cosmos(penalty=1.0),
     "gradnorm": lambda s: bilb.gradnorm(base_steps=s.steps_per_epoch),
     "mgda": lambda s: bilb.mgda(decay=s.decay),
+    "pcgrad": lambda s: bilb.pcgrad(key=s.seed, decay=s.decay),
+    "gradvac": lambda s: bilb.gradvac(key=s.seed, decay=s.decay),
+    "imtl_g": lambda s: bilb.imtl_g(decay=s.decay),
+    "aligned_mtl": lambda s: bilb.aligned_mtl(decay=s.decay),
+    "config": lambda s: bilb.config(decay=s.decay),
+    "sdmgrad": lambda s: bilb.sdmgrad(decay=s.decay),
+    "modo": lambda s: bilb.modo(decay=s.decay),
+    "krum": lambda s: bilb.krum(decay=s.decay),
+    "cr_mogm": lambda s: bilb.cr_mogm(bilb.mgda(decay=s.decay)),
+}
+
+#: By the settings and the parameters that the tasks share.
+AGGREGATORS: dict[str, Callable[[Settings, Any], optax.GradientTransformation]] = {
+    "graddrop": lambda s, shared: bilb.graddrop(s.seed, shared=shared),
+    "moco": lambda s, shared: bilb.moco(len(s.selection), shared=shared),
+    "db_mtl": lambda s, shared: bilb.db_mtl(len(s.selection), shared=shared),
+    "excess_mtl": lambda s, shared: bilb.excess_mtl(len(s.selection), shared=shared),
+    "trimmed_mean": lambda s, shared: bilb.trimmed_mean(1, shared=shared),
 }
 
 GRAMS = {
@@ -101,8 +120,17 @@ def make(
     return bilb.chain(*(known[part](settings) for part in name.split("+")))
 
 
-def mistake(names: Sequence[str], known: Mapping[str, Callable] = METHODS) -> str | None:
+def mistake(
+    names: Sequence[str],
+    known: Mapping[str, Callable] = METHODS,
+    aggregators: Mapping[str, Callable] = AGGREGATORS,
+) -> str | None:
     """Says what is wrong with names of methods and chains, if anything."""
+    for name in names:
+        for part in name.split("+")[:-1]:
+            if part in aggregators:
+                return f"{part} aggregates task gradients, so that nothing follows it: {name}"
+    known = known | aggregators
     unknown = [
         repr(part) if part == name else f"{part!r} in {name}"
         for name in names

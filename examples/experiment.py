@@ -29,7 +29,7 @@ import optax
 import report
 import tqdm
 import tyro
-from balancers import METHODS, REFERENCES, Settings
+from balancers import AGGREGATORS, METHODS, REFERENCES, Settings
 
 import bilb
 
@@ -108,7 +108,7 @@ class Run:
     errors: np.ndarray  # (seeds, K) on the test set, in the tasks' units
     steps: np.ndarray  # (T,) the last step of each window that the histories average over
     losses: np.ndarray  # (seeds, T, K) training losses
-    weights: np.ndarray | None  # (seeds, T, K) effective weights, None for a reference
+    weights: np.ndarray | None  # (seeds, T, K) effective weights, None without such
     seconds: float  # wall time, compilation included
 
 
@@ -129,8 +129,8 @@ def train(
 
     Args:
         problem: data, tasks and setting.
-        method: a name in `METHODS`, several joined by ``+``, or a name in `REFERENCES` for one
-            separate network per task.
+        method: names in `METHODS` joined by ``+``, at last one in `AGGREGATORS` maybe, or a name
+            in `REFERENCES` for one separate network per task.
         seeds: number of seeds: 0, 1, ..., seeds - 1.
         steps: number of steps; the problem's by default.
         penalty: weight of the loss discrepancy in the bilevel methods.
@@ -165,8 +165,8 @@ def train(
         errors=of_own_task(np.asarray(errors)),
         steps=np.arange(window, steps + 1, window),
         losses=of_own_task(losses),
-        # A network of a reference has one task.
-        weights=None if method in REFERENCES else of_own_task(weights),
+        # A network of a reference has one task, and an aggregator has no weights.
+        weights=None if weights is None or method in REFERENCES else of_own_task(weights),
         seconds=time.perf_counter() - start,
     )
 
@@ -234,10 +234,48 @@ def initial_parameters(network: MultiTaskNetwork, example: Array, seeds: Array) 
     return jax.vmap(lambda seed: network.init(jax.random.key(seed), example))(seeds)
 
 
+class Aggregated(NamedTuple):
+    """Drives an aggregator of task gradients as bilb.value_and_grad drives a balancer."""
+
+    task_losses: Callable[..., Array]
+    balancer: optax.GradientTransformation  # in front; it reads nothing but losses
+    aggregator: optax.GradientTransformation
+
+    class State(NamedTuple):
+        """The states of both; an aggregator has no weights for whole tasks."""
+
+        balancer: optax.OptState
+        aggregator: optax.OptState
+        effective_weights: None = None
+
+    def init(self, parameters: Any, batch: Data) -> State:
+        """Returns the first state."""
+        losses = jax.eval_shape(self.task_losses, parameters, batch)
+        return self.State(self.balancer.init(losses), self.aggregator.init(parameters))
+
+    def __call__(self, parameters: Any, state: State, batch: Data) -> tuple[Array, Any, State]:
+        """Returns the losses, the aggregated gradient and the next state."""
+        losses = self.task_losses(parameters, batch)
+        _, balancer = self.balancer.update(losses, state.balancer)
+
+        def balanced_losses(parameters):
+            return self.balancer.update(self.task_losses(parameters, batch), state.balancer)[0]
+
+        balanced, gradients = bilb.task_gradients(balanced_losses, parameters)
+        gradient, aggregator = self.aggregator.update(
+            gradients, state.aggregator, parameters, losses=balanced
+        )
+        return losses, gradient, self.State(balancer, aggregator)
+
+    def after(self, parameters: Any, state: State, batch: Data) -> State:
+        """Returns the state as it is."""
+        return state
+
+
 def ingredients(
     settings: Settings, method: str, network: MultiTaskNetwork, tasks: tuple[Task, ...]
 ) -> tuple[Any, optax.GradientTransformation]:
-    """Returns bilb's value_and_grad of the task losses, and the network's optimiser."""
+    """Returns the value and gradient of the task losses, and the network's optimiser."""
 
     def task_losses(parameters: Any, batch: Data) -> Array:
         outputs = network.apply(parameters, batch.inputs)
@@ -246,10 +284,16 @@ def ingredients(
     # Slopes, norms and Gram matrices concern what the tasks share.
     shared = {f"trunk_{layer}": True for layer in range(len(network.hidden))}
     shared |= {f"head_{k}": False for k in range(len(network.heads))}
+    shared = {"params": shared}
+    *front, last = method.split("+")
+    if last in AGGREGATORS:
+        balancer = balancers.make("+".join(front) or "ls", settings)
+        aggregator = AGGREGATORS[last](settings, shared)
+        return Aggregated(task_losses, balancer, aggregator), settings.optimizer()
     value_and_grad = bilb.value_and_grad(
         task_losses,
         balancers.make(method, settings),
-        shared={"params": shared},
+        shared=shared,
         gram=balancers.GRAMS[settings.gram](settings),
     )
     return value_and_grad, settings.optimizer()
@@ -328,7 +372,8 @@ class Options:
     method: Annotated[
         tuple[str, ...],
         tyro.conf.arg(
-            help=f"Methods to train, out of: {', '.join(METHODS)}, or chains such as si+mgda."
+            help=f"Methods to train, out of: {', '.join(METHODS | AGGREGATORS)}, or chains such as "
+            "si+mgda."
         ),
     ] = ("ls", "si", "bilb4mtl")
     seeds: int = 3

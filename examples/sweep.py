@@ -34,6 +34,7 @@ import numpy as np
 import report
 import tqdm
 import tyro
+from balancers import AGGREGATORS, METHODS
 from matplotlib.figure import Figure
 
 from bilb import metrics, plots
@@ -50,7 +51,7 @@ class Options:
     method: Annotated[
         tuple[str, ...],
         tyro.conf.arg(
-            help=f"Methods to train, out of: {', '.join(balancers.METHODS)}, or chains such as "
+            help=f"Methods to train, out of: {', '.join(METHODS | AGGREGATORS)}, or chains such as "
             "si+mgda."
         ),
     ] = ("bilb4mtl",)
@@ -100,7 +101,7 @@ class Options:
 
 def hyperparameters(method: str) -> tuple[str, ...]:
     """Returns the names of the hyperparameters that a method's training reads."""
-    read = {"learning_rate"}  # the network's optimiser reads it whatever the method
+    read = set()
 
     class Recording(experiment.Settings):
         def __getattribute__(self, name: str) -> Any:
@@ -110,7 +111,8 @@ def hyperparameters(method: str) -> tuple[str, ...]:
     settings = Recording(
         learning_rate=1e-3, penalty=0.1, seed=0, selection=np.ones(1), steps=1, steps_per_epoch=1
     )
-    balancers.make(method, settings)
+    network = experiment.MultiTaskNetwork(hidden=(), heads=(1,))
+    experiment.ingredients(settings, method, network, tasks=())
     return tuple(name for name in HYPERPARAMETERS if name in read)
 
 
@@ -151,7 +153,7 @@ def train(
 
     Args:
         problem: data, tasks and setting.
-        method: names in `balancers.METHODS`, joined by ``+``, or one in `balancers.REFERENCES`.
+        method: as in `experiment.train`.
         configurations: values of the hyperparameters that the method reads.
         seeds: number of seeds: 0, 1, ..., seeds - 1.
         steps: number of steps.

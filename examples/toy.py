@@ -52,6 +52,9 @@ METHODS: dict[str, Callable[[Options], optax.GradientTransformation]] = {
     "marigold": lambda o: bilb.marigold(),
     "famo": lambda o: bilb.famo(gamma=0.0, min_losses=jnp.array([SCALE * -21.0, -21.0])),
     "mgda": lambda o: bilb.mgda(),
+    "pcgrad": lambda o: bilb.pcgrad(),
+    "imtl_g": lambda o: bilb.imtl_g(),
+    "aligned_mtl": lambda o: bilb.aligned_mtl(),
 }
 
 
@@ -73,7 +76,7 @@ class Options:
 
     def mistake(self) -> str | None:
         """Says what is wrong with the options, if anything."""
-        if mistake := balancers.mistake(self.method, METHODS):
+        if mistake := balancers.mistake(self.method, METHODS, {}):
             return mistake
         if self.steps < 1:
             return "--steps must be at least 1"

