@@ -77,8 +77,8 @@ def db_mtl(
     References:
         Lin et al., *Dual-Balancing for Multi-Task Learning*, arXiv 2308.12029.
     """
-    base.check_number("decay", decay, minimum=0, maximum=1)
-    base.check_number("sigma", sigma, minimum=0)
+    base.check_number("decay", decay, minimum=0, maximum=1, schedule=True)
+    base.check_number("sigma", sigma, minimum=0, schedule=True)
     base.check_number("eps", eps, minimum=0, exclusive=True)
 
     def init(num_tasks, params):

@@ -82,7 +82,7 @@ def excess_mtl(
     References:
         He et al., *Robust Multi-Task Learning with Excess Risks*, arXiv 2402.02009.
     """
-    base.check_number("step_size", step_size, minimum=0, exclusive=True)
+    base.check_number("step_size", step_size, minimum=0, exclusive=True, schedule=True)
     base.check_number("warmup_steps", warmup_steps, minimum=0)
     jacobian.check_heads(heads)
 

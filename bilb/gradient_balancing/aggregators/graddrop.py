@@ -25,7 +25,7 @@ class GradDropState(NamedTuple):
 def graddrop(
     key: int | jax.Array = 0,
     *,
-    leak: base.Scalar = 0.0,
+    leak: float | jax.Array = 0.0,
     shared: base.PyTree = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Gradient sign dropout: drops, coordinate by coordinate, the gradients of one sign.
@@ -67,7 +67,7 @@ def graddrop(
         Chen et al., *Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign
         Dropout*, arXiv 2010.06808.
     """
-    base.check_number("leak", leak, minimum=0, maximum=1)
+    base.check_number("leak", leak, minimum=0, maximum=1, per_task=True, schedule=False)
 
     def init(num_tasks, params):
         del num_tasks, params

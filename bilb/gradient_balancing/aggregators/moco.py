@@ -90,11 +90,11 @@ def moco(
         Fernando et al., *Mitigating Gradient Bias in Multi-objective Learning: A Provably
         Convergent Approach*, arXiv 2210.12624.
     """
-    base.check_number("beta", beta, minimum=0, maximum=1)
-    for name, value in (("beta_sigma", beta_sigma), ("gamma_sigma", gamma_sigma)):
-        base.check_number(name, value, minimum=0)
-    base.check_number("gamma", gamma, minimum=0)
-    base.check_number("rho", rho, minimum=0)
+    base.check_number("beta", beta, minimum=0, maximum=1, schedule=True)
+    base.check_number("beta_sigma", beta_sigma, minimum=0, schedule=True)
+    base.check_number("gamma", gamma, minimum=0, schedule=True)
+    base.check_number("gamma_sigma", gamma_sigma, minimum=0, schedule=True)
+    base.check_number("rho", rho, minimum=0, schedule=True)
     if scheme not in ("softmax", "projection"):
         raise ValueError(f'scheme must be "softmax" or "projection"; got {scheme!r}.')
 
