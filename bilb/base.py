@@ -552,8 +552,9 @@ def split_over_tasks(
     """Splits the value f(l) of a scalar objective into an entry per task.
 
     Entry k is ``l_k · sg(∂f/∂l_k)``, so that it carries task k's gradient, plus a constant under
-    ``stop_gradient`` that makes the sum over the present tasks equal f. An f beyond the dtype's
-    largest number counts as that number; the gradient is right all the same.
+    ``stop_gradient`` that makes the sum over the present tasks equal f. Where finite losses
+    have an entry beyond the dtype's largest number, f is split equally, and an f beyond it counts
+    as that number; the gradient is right all the same.
 
     Args:
         value: f(l), scalar.
@@ -565,14 +566,14 @@ def split_over_tasks(
         ``(balanced (K,), weights (K,))``, the weights a constant.
     """
     value, weights, constant = jax.lax.stop_gradient((value, weights, losses))
-    # Of finite losses, what is beyond the dtype's largest number counts as that number.
-    largest = jnp.where(jnp.isfinite(losses).all(), jnp.finfo(losses.dtype).max, jnp.inf)
-    bounded = lambda x: jnp.clip(x, -largest, largest)
     count = num_present(losses, mask)
-    by_task = bounded(weights * constant)
+    by_task = weights * constant
     # Each is divided before they are added up, so that no sum is larger than its parts.
-    remainder = bounded(value) / count - jnp.sum(by_task / count, where=mask)
-    return weights * (losses - constant) + bounded(by_task + remainder), weights
+    entries = by_task + (value / count - jnp.sum(by_task / count, where=mask))
+    fits = jnp.all(jnp.isfinite(entries), where=mask) | ~jnp.all(jnp.isfinite(losses))
+    largest = jnp.finfo(losses.dtype).max
+    entries = jnp.where(fits, entries, jnp.clip(value, -largest, largest) / count)
+    return weights * (losses - constant) + entries, weights
 
 
 def bounded_gradient(gradient: PyTree) -> PyTree:

@@ -127,8 +127,10 @@ def scale_by_initial_ratio() -> optax.GradientTransformationExtraArgs:
         smallest = jnp.min(magnitude, where=initial != 0, initial=jnp.inf)
         known = initial != 0
         scale, smallest = jnp.where(known, magnitude, 1.0), jnp.where(known, smallest, 1.0)
-        # The ratio of the largest to the smallest of all numbers is none; the order avoids it.
-        scaled = jnp.where(scale > 1, losses / scale * smallest, losses * (smallest / scale))
+        factor = smallest / scale
+        # Where the factor is below the smallest number, the quotient that it scales is not.
+        tiny = jnp.finfo(losses.dtype).tiny
+        scaled = jnp.where(factor > tiny, losses * factor, losses / scale * smallest)
         return scaled, InitialLossState(initial)
 
     return base.loss_transformation(_init_initial, update)

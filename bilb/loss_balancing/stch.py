@@ -80,8 +80,10 @@ def stch(
 
     def formula(u, preference, step, mask):
         smoothing = base.at_step(mu, step)
-        value, softmax = joint.smooth_maximum(preference * u, smoothing, mask)
-        return value, preference * softmax
+        # Divided by the largest preference, no product leaves the dtype's range.
+        top = jnp.maximum(jnp.max(preference), 1.0)
+        value, softmax = joint.smooth_maximum(preference / top * u, smoothing / top, mask)
+        return top * value, preference * softmax
 
     return joint.scalarization("stch", STCHState, formula, preference, reference)
 
