@@ -473,6 +473,19 @@ def test_learns_from_steps_that_the_next_mask_leaves_out():
     np.testing.assert_allclose(state.weights[:2].sum(), 1.0, rtol=1e-6)
 
 
+def test_the_momentum_of_an_absent_task_moves_nobody():
+    momentum = optax.sgd(0.1, momentum=0.9)
+    balancer = bilb.marigold(scheme="exponentiated", optimizer=momentum)
+    losses, mask = jnp.ones(3), jnp.array([False, True, True])
+    _, state = balancer.update(losses, balancer.init(losses), slopes=jnp.zeros(3))
+    slopes = jnp.array([4.0, 0.0, 1.0])
+    _, state = balancer.update(losses, state, slopes=slopes, mask=mask)
+    _, after = balancer.update(losses, state, slopes=jnp.zeros(3), mask=mask)
+    moved = state.point - 0.09 * jnp.where(mask, slopes, 0.0)
+    np.testing.assert_allclose(after.point[1:], (moved - moved.mean())[1:], rtol=1e-5)
+    assert after.point[0] == state.point[0]
+
+
 @pytest.mark.parametrize("scheme", ["softmax", "exponentiated"])
 def test_one_enormous_slope_does_not_freeze_the_weights(scheme):
     """Adam forgets its square after ln(1e33) / 1e-3 steps."""
