@@ -29,9 +29,12 @@ from bilb.gradient_balancing.aggregators.moco import MoCoState as MoCoState
 from bilb.gradient_balancing.aggregators.moco import moco as moco
 from bilb.gradient_balancing.aggregators.trimmed_mean import trimmed_mean as trimmed_mean
 from bilb.gradient_balancing.aligned_mtl import aligned_mtl as aligned_mtl
+from bilb.gradient_balancing.cagrad import cagrad as cagrad
 from bilb.gradient_balancing.config import config as config
 from bilb.gradient_balancing.cr_mogm import CRMOGMState as CRMOGMState
 from bilb.gradient_balancing.cr_mogm import cr_mogm as cr_mogm
+from bilb.gradient_balancing.dualproj import dualproj as dualproj
+from bilb.gradient_balancing.fairgrad import fairgrad as fairgrad
 from bilb.gradient_balancing.gradnorm import GradNormState as GradNormState
 from bilb.gradient_balancing.gradnorm import gradnorm as gradnorm
 from bilb.gradient_balancing.gradvac import gradvac as gradvac
@@ -39,8 +42,10 @@ from bilb.gradient_balancing.imtl_g import imtl_g as imtl_g
 from bilb.gradient_balancing.krum import krum as krum
 from bilb.gradient_balancing.mgda import mgda as mgda
 from bilb.gradient_balancing.modo import modo as modo
+from bilb.gradient_balancing.nash_mtl import nash_mtl as nash_mtl
 from bilb.gradient_balancing.pcgrad import pcgrad as pcgrad
 from bilb.gradient_balancing.sdmgrad import sdmgrad as sdmgrad
+from bilb.gradient_balancing.upgrad import upgrad as upgrad
 from bilb.gradient_balancing.weighting import GramState as GramState
 from bilb.improvable_gap.igb_v1 import IGBv1State as IGBv1State
 from bilb.improvable_gap.igb_v1 import igb_v1 as igb_v1

@@ -284,7 +284,16 @@ class TestMinNormWeights:
         grams = jnp.stack([gram_of(rng.normal(size=(4, p))) for p in (1, 2, 3, 20)])
         single = jnp.stack([solvers.min_norm_weights(gram) for gram in grams])
         mapped = jax.jit(jax.vmap(solvers.min_norm_weights))(grams)
-        np.testing.assert_allclose(mapped, single, atol=1e-6)
+        # With fewer parameters than tasks the weights are not unique: rounding moves them.
+        np.testing.assert_allclose(mapped, single, atol=2e-2)
+        np.testing.assert_allclose(mapped[2:], single[2:], atol=1e-6)
+        slopes = lambda weights: jnp.einsum("nij,nj->ni", grams, weights)
+        np.testing.assert_allclose(slopes(mapped), slopes(single), atol=1e-5)
+
+    def test_equal_rows_share_the_weight(self):
+        row, other = np.array([1.0, -2.0, 3.0]), np.array([-3.0, 1.0, 0.5])
+        weights = solvers.min_norm_weights(gram_of(np.stack([row, other, row])))
+        np.testing.assert_allclose(weights[0], weights[2], rtol=1e-2)
 
     def test_half_precision_is_solved_in_float32(self):
         weights = solvers.min_norm_weights(jnp.diag(jnp.array([1.0, 4.0], jnp.bfloat16)))

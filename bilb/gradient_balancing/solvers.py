@@ -6,39 +6,32 @@ stop after a fixed number of steps at the latest.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import cho_factor, cho_solve
 
-_STEPS_PER_TASK = 10
+from bilb.gradient_balancing.interior_point import minimise, non_negative_quadratic
 
-
-class _ActiveSet(NamedTuple):
-    solution: jax.Array  # (K,), the minimiser over the last accepted support
-    support: jax.Array  # (K,) bool, rows that may carry weight
-    rejected: jax.Array  # (K,) bool, rows that rounding kept from entering since the last gain
-    entering: jax.Array  # (), the row that entered last
-    entered: jax.Array  # (), whether it entered in the step before
-    step: jax.Array
-    done: jax.Array
+# From here on the K problems of `lift_all` are solved together by an iterative method.
+_ROWS_ONE_BY_ONE = 100
+_NEWTON_STEPS = 60
+_BISECTIONS = 30
 
 
 def min_norm_weights(gram: jax.Array, where: jax.Array | None = None) -> jax.Array:
     r"""Weights of the point of smallest norm in the convex hull of the rows of ``J``.
 
-    Minimises :math:`\|J^\top w\|^2 = w^\top G w` over the simplex, the subproblem of MGDA, with an
-    active-set method. Up to scaling, ``w`` solves the non-negative least-squares problem
+    Minimises :math:`\|J^\top w\|^2 = w^\top G w` over the simplex, the subproblem of MGDA, by an
+    interior-point method with an exact finish. Up to scaling, ``w`` solves the non-negative
+    least-squares problem
 
     .. math:: \min_{x \ge 0}\ x^\top G x + s\,(1 - \mathbf 1^\top x)^2, \qquad w = x / \sum_i x_i
 
-    for any :math:`s > 0`. It stays well posed when zero lies in the hull, and Lawson and Hanson's
-    method solves it in finitely many steps. Here ``s`` is the smallest squared row norm and all
-    rows are scaled to comparable length first, so norms may differ by orders of magnitude.
+    for any :math:`s > 0`. It stays well posed when zero lies in the hull. Here ``s`` is the
+    smallest squared row norm and all rows are scaled to comparable length first, so norms may
+    differ by orders of magnitude.
 
     ``wᵀGw`` is optimal to about ten machine epsilons times the largest diagonal entry of ``gram``
-    (measured up to K = 100). So a norm ``‖Jᵀw‖`` below the square root of that, about 5e-8 in
+    (measured up to K = 1000). So a norm ``‖Jᵀw‖`` below the square root of that, about 5e-8 in
     float64 and 1e-3 in float32 times the largest row, may be rounding noise: a Gram matrix holds
     no more than that.
 
@@ -50,7 +43,8 @@ def min_norm_weights(gram: jax.Array, where: jax.Array | None = None) -> jax.Arr
     Returns:
         (K,) weights: non-negative, of sum 1, exactly zero outside the support, in the dtype of
         ``gram`` or float32, whichever is wider. If ``J`` is rank deficient the weights need not be
-        unique, while ``Jᵀw`` is. Rows of norm zero are the optimum and share the weight equally. A
+        unique, while ``Jᵀw`` is; they are then inside the set of solutions, so that equal rows
+        have equal weights. Rows of norm zero are the optimum and share the weight equally. A
         non-finite entry makes all weights NaN. If ``where`` is all false, the weights are zero.
         The weights count as constants, their derivative is zero; that of ``wᵀGw`` is then exact.
 
@@ -96,76 +90,213 @@ def min_norm_weights(gram: jax.Array, where: jax.Array | None = None) -> jax.Arr
 
     # With a zero row there is nothing to search for.
     free = positive & ~jnp.any(zero_rows)
-    weights = _non_negative_quadratic(hessian, target, free) * target
+    weights = non_negative_quadratic(hessian, target, free) * target
     weights = jnp.where(jnp.any(zero_rows), zero_rows.astype(dtype), weights)
     total = jnp.sum(weights)
     weights = weights / jnp.where(total == 0, 1.0, total)
     return jnp.where(jnp.all(jnp.isfinite(gram)), weights, jnp.nan)
 
 
-@jax.jit  # so that calls outside jit compile the loop once
-def _non_negative_quadratic(hessian: jax.Array, target: jax.Array, free: jax.Array) -> jax.Array:
-    """Minimises x'Hx/2 - target'x over x >= 0 by Lawson and Hanson's active-set method.
+def dual_cone_hessian(
+    gram: jax.Array, size: jax.Array, ridge: jax.Array, smallest: jax.Array
+) -> jax.Array:
+    """Returns ``G / trace(G)``, or 0 where ``size² trace(G) < smallest``, with a ridge."""
+    trace = jnp.trace(gram)
+    counts = (trace > 0) & (size * jnp.sqrt(trace) >= jnp.sqrt(smallest))
+    normalised = jnp.where(counts, gram / jnp.where(trace > 0, trace, 1.0), 0.0)
+    return normalised + ridge * jnp.eye(gram.shape[0], dtype=gram.dtype)
 
-    ``hessian`` (K, K) has a unit diagonal and ``target`` (K,) is positive on ``free`` (K,) bool;
-    entries outside ``free`` stay zero.
+
+def lift(hessian: jax.Array, lower: jax.Array, where: jax.Array) -> jax.Array:
+    """Minimises ``vᵀ H v`` over ``v >= lower``, the problem of projections onto the dual cone.
+
+    Args:
+        hessian: (K, K) symmetric positive semi-definite.
+        lower: (K,).
+        where: (K,) bool, the entries that may exceed ``lower``.
+
+    Returns:
+        (K,). Where H is singular ``v`` need not be unique, while ``H v`` is.
     """
-    num_tasks = target.shape[0]
-    rounding = 4 * jnp.finfo(hessian.dtype).eps
-    rows = jnp.arange(num_tasks)
+    return lower + non_negative_quadratic(hessian, -_product(hessian, lower), where)
 
-    def minimise_over(support):
-        inside = support[:, None] & support[None, :]
-        factor = cho_factor(jnp.where(inside, hessian, jnp.eye(num_tasks, dtype=hessian.dtype)))
-        return cho_solve(factor, jnp.where(support, target, 0.0))
 
-    def enter(solution, support, rejected, step):
-        slope = target - jnp.matmul(hessian, solution, precision="highest")
-        noise = rounding * (
-            target + jnp.matmul(jnp.abs(hessian), jnp.abs(solution), precision="highest")
-        )
-        candidates = free & ~support & ~rejected & (slope > noise)
-        entering = jnp.argmax(jnp.where(candidates, slope, -jnp.inf))
-        found = jnp.any(candidates)
-        support = support | (found & (rows == entering))
-        return _ActiveSet(solution, support, rejected, entering, found, step, ~found)
+def lift_all(hessian: jax.Array, lower: jax.Array, where: jax.Array) -> jax.Array:
+    """Solves :func:`lift` for each row of ``lower`` (K, K).
 
-    def advance(state):
-        minimiser = minimise_over(state.support)
-        infeasible = state.support & ~(minimiser > 0)
-        is_entering = rows == state.entering
-        # Only a row that depends on the support up to rounding fails to gain from entering.
-        singular = ~jnp.all(jnp.isfinite(minimiser))
-        fails = singular | (state.entered & jnp.any(infeasible & is_entering))
-        step = state.step + 1
+    Up to K = 100 row by row, to rounding; beyond that all rows at once by the alternating
+    direction method of multipliers, one matrix product a step, to 10 roundings of the largest
+    slope.
+    """
+    num_tasks = hessian.shape[0]
+    if num_tasks <= _ROWS_ONE_BY_ONE:
+        return jax.vmap(lambda row: lift(hessian, row, where))(lower)
 
-        def reject():
-            support = state.support & ~is_entering
-            after = enter(state.solution, support, state.rejected | is_entering, step)
-            return after._replace(done=after.done | ~state.entered)
+    diagonal = jnp.diagonal(hessian)
+    positive = where & (diagonal > 0)
+    scale = jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, diagonal, 1.0)), 1.0)
+    eye = jnp.eye(num_tasks, dtype=hessian.dtype)
+    hessian = jnp.where(positive[:, None] & positive, hessian * scale[:, None] * scale, eye)
+    bound = jnp.where(positive, lower / scale, 0.0)
+    eigenvalues, vectors = jnp.linalg.eigh(hessian)
+    largest = eigenvalues[-1]
+    eps = jnp.finfo(hessian.dtype).eps
+    # The geometric mean of the eigenvalues' range makes the slowest of them fastest.
+    penalty = jnp.sqrt(largest * jnp.maximum(eigenvalues[0], 1e-6 * largest))
+    inverse = _product(vectors / (eigenvalues + penalty), vectors.T) * penalty
+    tolerance = 10 * eps * largest * jnp.max(jnp.abs(bound))
 
-        def accept():
-            return enter(minimiser, state.support, jnp.zeros_like(state.rejected), step)
+    def advance(carry):
+        point, dual, step, _ = carry
+        smooth = _product(point - dual, inverse)
+        relaxed = 1.6 * smooth - 0.6 * point
+        new = jnp.maximum(bound, relaxed + dual)
+        gap = jnp.maximum(jnp.max(jnp.abs(new - smooth)), jnp.max(jnp.abs(new - point)))
+        return new, dual + relaxed - new, step + 1, penalty * gap
 
-        def move_to_boundary():
-            length = state.solution / (state.solution - minimiser)
-            length = jnp.where(infeasible, length, jnp.inf)
-            shortest = jnp.min(length)
-            support = state.support & ~(length <= shortest)
-            solution = state.solution + shortest * (minimiser - state.solution)
-            return state._replace(
-                solution=jnp.where(support, jnp.maximum(solution, 0.0), 0.0),
-                support=support,
-                entered=jnp.array(False),
-                step=step,
-            )
+    going = lambda carry: (carry[-1] > tolerance) & (carry[2] < 1000)
+    first = (bound, jnp.zeros_like(bound), jnp.array(0), jnp.array(jnp.inf, hessian.dtype))
+    point = jax.lax.while_loop(going, advance, first)[0]
+    return jnp.where(positive, point * scale, lower)
 
-        case = jnp.where(fails, 0, jnp.where(jnp.any(infeasible), 2, 1))
-        return jax.lax.switch(case, (reject, accept, move_to_boundary))
 
-    nothing = jnp.zeros(num_tasks, bool)
-    first = enter(jnp.zeros_like(target), nothing, nothing, jnp.array(0))
-    last = jax.lax.while_loop(
-        lambda state: ~state.done & (state.step < _STEPS_PER_TASK * num_tasks), advance, first
+def conflict_averse_weights(
+    gram: jax.Array, mean: jax.Array, c: jax.Array, where: jax.Array
+) -> jax.Array:
+    r"""Weights of the best worst-case direction in a ball round a weighted mean gradient.
+
+    With :math:`g_0 = J^\top m` solves :math:`\max_d \min_i g_i^\top d` subject to
+    :math:`\|d - g_0\| \le c \|g_0\|` through its dual
+
+    .. math:: \min_{w \in \Delta}\ w^\top G m + \rho\,\|J^\top w\|, \qquad \rho = c\,\|g_0\|,
+        \qquad d = g_0 + \rho\,J^\top w / \|J^\top w\|.
+
+    Args:
+        gram: (K, K), largest entry 1.
+        mean: m (K,).
+        c: c >= 0.
+        where: (K,) bool, the tasks that may carry weight in w.
+
+    Returns:
+        (K,) weights v of ``d = Jᵀ v``. Where the dual has its minimum at ``Jᵀ w = 0``, up to the
+        rounding of the Gram matrix, no direction of the ball improves all tasks, the best d is not
+        unique, and v is m.
+    """
+    eps = jnp.finfo(gram.dtype).eps
+    of_mean = _product(gram, mean)
+    squared_radius = c**2 * jnp.maximum(mean @ of_mean, 0.0)
+    radius = jnp.sqrt(squared_radius)
+
+    # A row of norm zero counts as the shortest of the others in what rounding may amount to.
+    norms = jnp.sqrt(jnp.diagonal(gram))
+    shortest = jnp.min(jnp.where(norms > 0, norms, jnp.inf))
+    norms = jnp.maximum(norms, jnp.where(jnp.isfinite(shortest), shortest, 0.0))
+
+    def norm(w, slopes):
+        # Smooth far below the rounding of the Gram matrix.
+        return jnp.sqrt(jnp.maximum(w @ slopes, 0.0) + (eps * (w @ norms)) ** 2)
+
+    def derivatives(w):
+        slopes = _product(gram, w)
+        length = norm(w, slopes)
+        ratio = radius / jnp.where(length > 0, length, 1.0)
+        unit = slopes / jnp.where(length > 0, length, 1.0)
+        return of_mean + ratio * slopes, ratio * gram - jnp.outer(unit, unit) * ratio
+
+    number = jnp.maximum(jnp.sum(where), 1)
+    start = jnp.where(where, 1 / number, 0.0).astype(gram.dtype)
+    gradient, _ = derivatives(start)
+    size = jnp.max(jnp.abs(gradient))
+    size = jnp.where(size > 0, size, 1.0)
+    slacks = gradient - jnp.min(jnp.where(where, gradient, jnp.inf)) + size
+    w, _ = minimise(
+        derivatives, start, slacks, where, tolerance=1e-3 * eps * size / number, keep_sum=True
     )
-    return last.solution
+    slopes = _product(gram, w)
+    length = norm(w, slopes)
+    value = w @ of_mean + radius * length
+
+    shortest_point = min_norm_weights(gram, where)
+    noise = jnp.sqrt(10 * eps) * (shortest_point @ norms)
+    stationary = norm(shortest_point, _product(gram, shortest_point)) <= noise
+    kink = stationary & (value >= -radius * noise)
+    return mean + jnp.where(kink, 0.0, radius / jnp.where(length > 0, length, 1.0)) * w
+
+
+def fair_weights(gram: jax.Array, alpha: jax.Array, where: jax.Array) -> jax.Array:
+    r"""Solves :math:`G w = w^{-1/\alpha}`, the condition of α-fairness; α = 1 is Nash's.
+
+    It is the optimum of a strictly convex function,
+    :math:`\tfrac12 w^\top G w - \sum_i \int^{w_i} t^{-1/\alpha} dt`, found by Newton's method with
+    an exact line search. Rows are scaled to unit length first. A ridge of K roundings on them
+    keeps the weights finite where no solution exists, at a Pareto stationary point: there they
+    grow to about the root of its inverse.
+
+    Args:
+        gram: (K, K) symmetric positive semi-definite.
+        alpha: α > 0.
+        where: (K,) bool.
+
+    Returns:
+        (K,) weights, positive; 0 for rows of norm 0, and where ``where`` is False.
+    """
+    num_tasks, dtype = gram.shape[0], gram.dtype
+    eps = jnp.finfo(dtype).eps
+    squared_norms = jnp.diagonal(gram)
+    positive = where & (squared_norms > 0)
+    squared_norms = jnp.where(positive, squared_norms, 1.0)
+    scale = jax.lax.rsqrt(squared_norms)
+    eye = jnp.eye(num_tasks, dtype=dtype)
+    cosines = jnp.where(positive[:, None] & positive, gram * scale[:, None] * scale, eye)
+    cosines = cosines + num_tasks * eps * eye
+    power = 1.0 / alpha
+    # With w = scale z the problem is `cosines z = factor z^(-1/α)`, by z = start if orthogonal.
+    factor = squared_norms ** ((power - 1) / 2)
+    start = factor ** (1 / (1 + power))
+    marginal = lambda z: factor * z**-power
+
+    def newton(z, slopes):
+        gradient = slopes - marginal(z)
+        hessian = cosines + jnp.diag(power * marginal(z) / z)
+        unit = jax.lax.rsqrt(jnp.diagonal(hessian))
+        factored = jax.scipy.linalg.cho_factor(hessian * unit[:, None] * unit)
+        return -unit * jax.scipy.linalg.cho_solve(factored, unit * gradient), gradient
+
+    def length_along(z, slopes, change, bound):
+        """Returns the minimiser of the convex function along the step, in [0, bound]."""
+        curvature, slope = change @ _product(cosines, change), change @ slopes
+        derivative = lambda t: slope + t * curvature - change @ marginal(z + t * change)
+
+        def halve(_, interval):
+            low, high = interval
+            middle = (low + high) / 2
+            below = derivative(middle) < 0
+            return jnp.where(below, middle, low), jnp.where(below, high, middle)
+
+        interval = (jnp.zeros_like(bound), bound)
+        return jax.lax.fori_loop(0, _BISECTIONS, halve, interval)[0]
+
+    def advance(carry):
+        z, step, _ = carry
+        slopes = _product(cosines, z)
+        change, gradient = newton(z, slopes)
+        relative = jnp.max(jnp.abs(change) / z)
+        boundary = jnp.min(jnp.where(change < 0, -z / change, jnp.inf))
+        exact = length_along(z, slopes, change, jnp.minimum(0.99 * boundary, 16.0))
+        # Where Newton's method converges quadratically the search could only add rounding.
+        new = z + jnp.where(relative < 0.1, 1.0, exact) * change
+        usable = jnp.all(jnp.isfinite(new) & (new > 0))
+        noise = 4 * eps * (_product(jnp.abs(cosines), z) + marginal(z))
+        done = ~usable | jnp.all(jnp.abs(gradient) <= noise) | (relative < eps)
+        return jnp.where(usable, new, z), step + 1, done
+
+    z = start
+    first = jnp.sum(z * marginal(z)) / jnp.maximum(z @ _product(cosines, z), eps * (z @ z))
+    z = z * jnp.clip(first ** (1 / (1 + power)), 1e-3, 1e3)
+    going = lambda carry: ~carry[2] & (carry[1] < _NEWTON_STEPS)
+    z = jax.lax.while_loop(going, advance, (z, jnp.array(0), jnp.array(False)))[0]
+    return jnp.where(positive, scale * z, 0.0)
+
+
+def _product(matrix, other):
+    return jnp.matmul(matrix, other, precision="highest")

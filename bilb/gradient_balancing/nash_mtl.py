@@ -1,0 +1,74 @@
+"""Nash-MTL: the bargaining solution, in which all tasks gain the same relative amount.
+
+``G w = 1 / w`` elementwise, ``w > 0``: the direction ``Jᵀ w`` maximises ``Σ_i log g_iᵀ d`` on a
+ball.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import optax
+
+from bilb import base
+from bilb.gradient_balancing import solvers
+from bilb.gradient_balancing.weighting import gram_weighting
+
+
+def nash_mtl(
+    max_norm: base.Scalar | None = None, every: int = 1, *, decay: base.Scalar = 0.0
+) -> optax.GradientTransformationExtraArgs:
+    """Nash's bargaining solution: independent of the losses' scales.
+
+    ``update`` needs the extra argument ``gram`` (K, K), or ``gram_fn`` with ``every > 1``, which
+    :func:`bilb.value_and_grad` and :func:`bilb.aggregate_by` supply. ``w_k`` is about
+    ``1 / ‖g_k‖``, and ``‖Jᵀ w‖² = K``.
+
+    ``G w = 1 / w`` is solved to rounding by damped Newton steps. The official code solves it by 20
+    steps of a concave-convex procedure to about 1e-6 where it works, keeps its last weights where
+    it does not, and clips the norm of the direction at ``max_norm = 1``.
+
+    At a Pareto stationary point there is no solution: the weights of the tasks in conflict grow
+    without bound while their gradients cancel. They stop at about ``1e3 / ‖g_k‖`` in float32, so
+    with mini-batches, whose Gram matrices can be nearly stationary by chance, use ``decay``. A task
+    whose gradient is exactly zero has nothing to bargain for: its weight is 0.
+
+    Args:
+        max_norm: > 0; where given, the weights are scaled down so that ``‖Jᵀ w‖`` is at most this,
+            as in TorchJD.
+        every: number of steps that the weights stay the same, ``update_weights_every`` of the
+            official code; the Gram matrix is only taken at those steps. Static.
+        decay: of a running mean of the Gram matrix in place of each step's own, in [0, 1).
+
+    Returns:
+        A loss transformation; ``update(losses, state, *, gram)``, or ``gram_fn`` with
+        ``every > 1``. Its state is a :class:`bilb.GramState`.
+
+    Raises:
+        ValueError: for a concrete hyperparameter outside its range, or a ``gram`` that is not
+            (K, K).
+        MissingArgument: for a call without ``gram``.
+
+    Example:
+        >>> import jax.numpy as jnp, bilb
+        >>> balancer = bilb.nash_mtl()
+        >>> losses = jnp.array([1.0, 1.0])
+        >>> gram = jnp.array([[4.0, -1.0], [-1.0, 1.0]])
+        >>> balanced, state = balancer.update(losses, balancer.init(losses), gram=gram)
+        >>> print(state.weights.round(3))
+        [0.707 1.414]
+
+    References:
+        Navon et al., *Multi-task learning as a bargaining game*, arXiv 2202.01017.
+    """
+    base.check_number("max_norm", max_norm, minimum=0, exclusive=True, schedule=True)
+    base.check_number("every", every, minimum=1)
+
+    def weigh(gram, memory, step):
+        weights = solvers.fair_weights(gram.matrix, 1.0, gram.present)
+        if max_norm is not None:
+            number = jnp.sum(weights > 0)
+            longest = jnp.sqrt(jnp.maximum(number, 1).astype(weights.dtype))
+            weights = weights * jnp.minimum(1.0, base.at_step(max_norm, step) / longest)
+        return weights / gram.size, memory
+
+    return gram_weighting("nash_mtl", weigh, decay=decay, every=every)
