@@ -12,18 +12,37 @@ from bilb import base
 
 
 class Spectrum(NamedTuple):
-    """The eigenvalues and eigenvectors of a Gram matrix."""
+    """The eigenvalues and eigenvectors of a symmetric matrix that are not rounding noise."""
 
-    values: jax.Array  # (K,) in ascending order
+    values: jax.Array  # (K,), 1 where not kept
     vectors: jax.Array  # (K, K), in columns
-    kept: jax.Array  # (K,) bool, the eigenvalues that rounding cannot have made
+    kept: jax.Array  # (K,) bool
 
 
 def spectrum(gram: jax.Array) -> Spectrum:
-    """Returns the spectrum of a Gram matrix; eigenvalues below ``K ε`` of the largest are zero."""
+    """Returns the spectrum in ascending order, without what is below ``K ε`` of the largest."""
     values, vectors = jnp.linalg.eigh(gram)
-    noise = values[-1] * gram.shape[0] * jnp.finfo(gram.dtype).eps
-    return Spectrum(values, vectors, values > jnp.maximum(noise, 0.0))
+    kept = values > jnp.maximum(values[-1] * gram.shape[0] * jnp.finfo(gram.dtype).eps, 0.0)
+    return Spectrum(jnp.where(kept, values, 1.0), vectors, kept)
+
+
+def components(norms: jax.Array, directions: Spectrum) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the principal components of J, from its norms and the spectrum of its cosines.
+
+    ``G = A Aᵀ`` with ``A = N V Λ^{1/2}``, and the singular values of A have twice the digits that
+    the eigenvalues of G have left where norms differ by orders of magnitude.
+
+    Returns:
+        ``(singular (K,), vectors (K, K) in columns, kept (K,) bool)`` in descending order; singular
+        values are 1 where not kept.
+    """
+    values, vectors, independent = directions
+    root = norms[:, None] * vectors * jnp.where(independent, jnp.sqrt(values), 0.0)
+    left, singular, _ = jnp.linalg.svd(root)
+    num_tasks = norms.shape[0]
+    noise = singular[0] * num_tasks * jnp.finfo(norms.dtype).eps
+    kept = (jnp.arange(num_tasks) < independent.sum()) & (singular > noise)
+    return jnp.where(kept, singular, 1.0), left, kept
 
 
 def cosines(gram: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from bilb import base
-from bilb.gradient_balancing.algebra import preference_of, spectrum
+from bilb.gradient_balancing.algebra import components, cosines, preference_of, spectrum
 from bilb.gradient_balancing.weighting import gram_weighting
 
 
@@ -28,9 +28,9 @@ def aligned_mtl(
     :func:`bilb.aggregate_by` supply. Weights may be negative. LibMTL sums over tasks where this
     takes the mean; give ``preference=1.0`` for that.
 
-    Eigenvalues below K machine epsilons of the largest count as zero: where the task gradients are
-    linearly dependent, their components are fewer than tasks. If all gradients are zero the
-    weights are the preference.
+    Where the task gradients are linearly dependent (their cosines have an eigenvalue below K
+    machine epsilons of the largest), their components are fewer than tasks, and so are they for
+    gradients below that fraction of the longest. If all are zero the weights are the preference.
 
     Args:
         scale: σ, of the eigenvalues that are not zero: their "min" (the paper), their "median" (the
@@ -64,17 +64,17 @@ def aligned_mtl(
 
     def weigh(gram, memory, step):
         del step
-        values, vectors, kept = spectrum(gram.matrix)
+        norms, directions = cosines(gram.matrix)
+        singular, vectors, kept = components(norms, spectrum(directions))
         rank = kept.sum()
-        first = values.shape[0] - rank
-        sigma = {
-            "min": values[first],
-            "median": values[first + (rank - 1) // 2],
-            "rmse": jnp.sum(values, where=kept) / jnp.maximum(rank, 1),
+        root_sigma = {
+            "min": singular[rank - 1],
+            "median": singular[rank // 2],
+            "rmse": jnp.sqrt(jnp.sum(singular**2, where=kept) / jnp.maximum(rank, 1)),
         }[scale]
-        shrink = jnp.where(kept, jnp.sqrt(sigma / jnp.where(kept, values, 1.0)), 0.0)
+        shrink = jnp.where(kept, root_sigma / singular, 0.0)
         mean = 1 / jnp.maximum(gram.present.sum(), 1)
-        target = preference_of(preference, mean, gram.present, values.dtype)
+        target = preference_of(preference, mean, gram.present, norms.dtype)
         weights = vectors @ (shrink * (vectors.T @ target))
         return jnp.where(rank > 0, weights, target), memory
 

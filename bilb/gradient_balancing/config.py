@@ -63,9 +63,8 @@ def config(
         values, vectors, kept = spectrum(directions)
         target = preference_of(preference, 1.0, norms > 0, norms.dtype)
         along = jnp.where(kept, vectors.T @ target, 0.0)
-        divisors = jnp.where(kept, values, 1.0)
-        direction = vectors @ (along / divisors)  # e ∝ Uᵀ direction
-        square = jnp.sum(along**2 / divisors)
+        direction = vectors @ (along / values)  # e ∝ Uᵀ direction
+        square = jnp.sum(along**2 / values)
         noise = 10 * norms.shape[0] * float(jnp.finfo(norms.dtype).eps)
         defined = jnp.sum(along**2) > noise**2 * jnp.sum(target**2)
         length = norms @ (vectors @ along) / jnp.where(defined, square, 1.0)

@@ -77,8 +77,8 @@ def gradvac(
         Wang et al., *Gradient vaccine: investigating and improving multi-task optimization in
         massively multilingual models*, arXiv 2010.05874.
     """
-    base.check_number("beta", beta, minimum=0, maximum=1)
-    base.check_number("eps", eps, minimum=0)
+    base.check_number("beta", beta, minimum=0, maximum=1, schedule=True)
+    base.check_number("eps", eps, minimum=0, schedule=True)
 
     def init(num_tasks, dtype):
         return GradVacMemory(base.as_key(key), jnp.zeros((num_tasks, num_tasks), dtype))
@@ -115,8 +115,9 @@ def vaccinate(
         coefficients, products, usual = carry  # rows: of g, of g · g_j, of φ̂
         norm_other, target = norms[others], usual[tasks, others]
         square = jnp.sum(products * coefficients, axis=1)
-        noise = 4 * num_tasks * epsilon * (jnp.abs(coefficients) @ norms) ** 2
-        usable = (square > noise) & (norm_other > 0)
+        left = jnp.max(jnp.abs(products) / jnp.where(norms > 0, norms, jnp.inf), axis=1)
+        noise = 4 * num_tasks * epsilon * (jnp.abs(coefficients) @ norms)
+        usable = (square > 0) & (left > noise) & (norm_other > 0)
         norm = jnp.sqrt(jnp.where(usable, square, 1.0))
         norm_other = jnp.where(usable, norm_other, 1.0)
         cosine = products[tasks, others] / (norm * norm_other + eps / gram.size)

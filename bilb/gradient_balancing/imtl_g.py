@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from bilb import base
-from bilb.gradient_balancing.algebra import cosines, divide, spectrum
+from bilb.gradient_balancing.algebra import components, cosines, divide, spectrum
 from bilb.gradient_balancing.weighting import gram_weighting
 
 
@@ -55,26 +55,22 @@ def imtl_g(*, decay: base.Scalar = 0.0) -> optax.GradientTransformationExtraArgs
     def weigh(gram, memory, step):
         del step
         norms, directions = cosines(gram.matrix)
-        values, vectors, kept = spectrum(directions)
-        full_rank = kept.sum() == (norms > 0).sum()
-        noise = norms.shape[0] * float(jnp.finfo(norms.dtype).eps)
+        of_directions = spectrum(directions)
+        full_rank = of_directions.kept.sum() == (norms > 0).sum()
 
         def inverse():
-            unit = (norms > 0).astype(norms.dtype)
-            along = jnp.where(kept, vectors.T @ unit / jnp.where(kept, values, 1.0), 0.0)
+            values, vectors, kept = of_directions
+            along = jnp.where(kept, vectors.T @ (norms > 0).astype(norms.dtype) / values, 0.0)
             return divide(vectors @ along, norms)
 
         def pseudo_inverse():
-            # G = A Aᵀ: singular values of A instead of eigenvalues of G save half of the digits.
-            root = jnp.where(kept, jnp.sqrt(jnp.where(kept, values, 1.0)), 0.0)
-            left, singular, _ = jnp.linalg.svd(norms[:, None] * vectors * root)
-            used = (jnp.arange(norms.shape[0]) < kept.sum()) & (singular > noise * singular[0])
-            along = jnp.where(used, left.T @ norms / jnp.where(used, singular, 1.0) ** 2, 0.0)
-            return left @ along
+            singular, vectors, kept = components(norms, of_directions)
+            return vectors @ jnp.where(kept, vectors.T @ norms / singular**2, 0.0)
 
         weights = jax.lax.cond(full_rank, inverse, pseudo_inverse)
         weights = weights / jnp.maximum(jnp.max(jnp.abs(weights)), jnp.finfo(norms.dtype).tiny)
         total = weights.sum()
+        noise = norms.shape[0] * jnp.finfo(norms.dtype).eps
         defined = jnp.abs(total) > noise * jnp.abs(weights).sum()
         return jnp.where(defined, weights / jnp.where(defined, total, 1.0), 0.0), memory
 
