@@ -125,7 +125,7 @@ CASES = {
     "weights (2,)": (
         lambda: init_of(bilb.linear_scalarization(jnp.ones(2))),
         ValueError,
-        r"weights.*\(3,\).*got shape \(2,\)",
+        r"shape \(2,\).*expected \(3\).*weights",
     ),
     "weights text": (lambda: bilb.linear_scalarization("equal"), TypeError, "weights.*equal"),
     "scales 0": (lambda: bilb.scale_by(0.0), ValueError, r"scales.*> 0.*0\.0"),
@@ -144,12 +144,12 @@ CASES = {
     "router width": (
         lambda: update_of(bilb.bilb4mtl(router=short_router)),
         ValueError,
-        r"shape \(3,\); got shape \(2,\)",
+        r"shape \(2,\).*expected \(3\).*router",
     ),
     "router initial": (
         lambda: init_of(bilb.bilb4mtl(router=bilb.routers.sigmoid(jnp.ones(2)))),
         ValueError,
-        r"initial.*got shape \(2,\)",
+        r"shape \(2,\).*expected \(3\).*initial",
     ),
     "clip high": (lambda: init_of(softmax_clip(0.2, 0.3)), ValueError, r"\(0\.2, 0\.3\).*3"),
     "clip low": (lambda: init_of(softmax_clip(0.4, 0.8)), ValueError, r"\(0\.4, 0\.8\).*3"),
@@ -179,7 +179,7 @@ CASES = {
     "module width": (
         lambda: update_of(bilb.bilb4mtl(router=module_router), **FEATURES),
         ValueError,
-        r"shape \(3,\); got shape \(4,\)",
+        r"shape \(4,\).*expected \(3\).*router",
     ),
     "module features": (
         lambda: update_of(bilb.bilb4mtl(router=module_router), jnp.ones(4)),
@@ -196,6 +196,31 @@ CASES = {
         TypeError,
         "`where`",
     ),
+    "discrepancy per task": (
+        lambda: update_of(bilb.bilb4mtl(discrepancy=lambda u: u)),
+        ValueError,
+        r"shape \(3,\).*discrepancy must return one number",
+    ),
+    "sample width": (
+        lambda: update_of(bilb.rlw(sample=lambda key, shape, dtype: jnp.ones(2, dtype))),
+        ValueError,
+        r"shape \(2,\).*expected \(3\).*sample",
+    ),
+    "transform width": (
+        lambda: update_of(bilb.dwa(window=1, transform=jnp.sum)),
+        ValueError,
+        r"shape \(\).*expected \(3\).*transform",
+    ),
+    "preference of the call": (
+        lambda: update_of(bilb.pbi(), preference=jnp.array([1.0, -2.0, 1.0])),
+        ValueError,
+        "preference.*-2",
+    ),
+    "widths": (
+        lambda: IGB_V2(hidden=(8, 0)),
+        ValueError,
+        "hidden must be >= 1; got 0",
+    ),
     "aggregate K": (lambda: bilb.aggregate_by(bilb.bilb4mtl(), 0), ValueError, "num_tasks.*0"),
     "features without aux": (
         lambda: bilb.value_and_grad(jnp.sin, bilb.bilb4mtl(), features=jnp.cos),
@@ -209,6 +234,107 @@ CASES = {
 def test_arguments_out_of_range(call, error, message):
     with pytest.raises(error, match=re.compile(message, re.DOTALL)):
         call()
+
+
+IGB_V2 = functools.partial(
+    bilb.igb_v2, base_start=0, base_steps=1, warmup_steps=1, update_after=1, buffer_size=4,
+    batch_size=2, hidden=(2,),
+)  # fmt: skip
+ROUTER = lambda make: lambda **keywords: bilb.bilb4mtl(router=make(**keywords))
+# Factories, and every numeric argument with a value for it.
+NUMBERS = {
+    "linear_scalarization": (bilb.linear_scalarization, {"weights": 0.5}),
+    "scale_by": (bilb.scale_by, {"scales": 2.0}),
+    "log_losses": (bilb.log_losses, {"floor": 0.1}),
+    "log_scale_by_initial_loss": (bilb.log_scale_by_initial_loss, {"every": 2, "floor": 0.1}),
+    "bilb4mtl": (bilb.bilb4mtl, {"penalty": 0.5}),
+    "softmax": (ROUTER(bilb.routers.softmax), {"initial": 0.5}),
+    "sigmoid": (ROUTER(bilb.routers.sigmoid), {"initial": 0.5}),
+    "relu_sigmoid": (ROUTER(bilb.routers.relu_sigmoid), {"minval": 0.5, "maxval": 2.0}),
+    "geometric_mean": (bilb.geometric_mean, {"floor": 0.1}),
+    "uncertainty_weighting": (bilb.uncertainty_weighting, {"initial": 0.5}),
+    "imtl_l": (bilb.imtl_l, {"initial": 0.5}),
+    "stch": (bilb.stch, {"mu": 0.5, "preference": 0.5, "reference": 0.5}),
+    "stch_nadir": (
+        functools.partial(bilb.stch_nadir, warmup_steps=1, nadir_steps=1),
+        {"mu": 0.5, "warmup_steps": 1, "nadir_steps": 1, "floor": 0.1},
+    ),
+    "pbi": (bilb.pbi, {"penalty": 0.5, "preference": 0.5, "reference": 0.5}),
+    "cosmos": (functools.partial(bilb.cosmos, penalty=1.0), {"penalty": 0.5, "preference": 0.5}),
+    "dwa": (functools.partial(bilb.dwa, window=1), {"temperature": 0.5, "window": 2}),
+    "igb_v1": (
+        functools.partial(bilb.igb_v1, base_start=0, base_steps=1),
+        {"base_start": 1, "base_steps": 1, "floor": 0.1},
+    ),
+    "igb_v2": (
+        IGB_V2,
+        {
+            "base_start": 1,
+            "base_steps": 1,
+            "warmup_steps": 1,
+            "update_after": 1,
+            "update_every": 1,
+            "num_updates": 1,
+            "reward_scale": 0.5,
+            "discount": 0.5,
+            "polyak": 0.5,
+            "initial_temperature": 0.5,
+            "clip": 2.0,
+            "floor": 0.1,
+        },
+    ),
+}
+# Those that may also be (K,), and those that may also be a function of the step.
+PER_TASK = {"weights", "scales", "initial", "preference", "reference"}
+SCHEDULES = {
+    *("linear_scalarization-weights", "bilb4mtl-penalty", "dwa-temperature"),
+    *("stch-mu", "stch-preference", "stch-reference", "stch_nadir-mu"),
+    *("pbi-penalty", "pbi-preference", "pbi-reference", "cosmos-penalty", "cosmos-preference"),
+    "igb_v2-reward_scale",
+}
+every_number = pytest.mark.parametrize(
+    ("factory", "argument", "value", "scheduled"),
+    [
+        pytest.param(
+            factory, argument, value, f"{name}-{argument}" in SCHEDULES, id=f"{name}-{argument}"
+        )
+        for name, (factory, values) in NUMBERS.items()
+        for argument, value in values.items()
+    ],
+)
+
+
+def shapes_of(factory, **keywords):
+    return jax.eval_shape(lambda: update_of(factory(**keywords)))
+
+
+@every_number
+def test_a_schedule_is_evaluated_or_refused(factory, argument, value, scheduled):
+    steps = []
+    schedule = lambda step: steps.append((step.shape, step.dtype)) or value
+    if not scheduled:
+        message = rf"{argument} takes no schedule; got .*inject_hyperparams"
+        with pytest.raises(TypeError, match=message):
+            factory(**{argument: schedule})
+        return
+    assert shapes_of(factory, **{argument: schedule}) == shapes_of(factory, **{argument: value})
+    assert {*steps} == {((), jnp.dtype("int32"))}
+    with pytest.raises(ValueError, match=r"shape \(2,\)"):
+        shapes_of(factory, **{argument: lambda step: jnp.full(2, value)})
+
+
+@every_number
+def test_one_number_is_no_array(factory, argument, value, scheduled):
+    del scheduled
+    each = jnp.full(3, value)
+    if argument in PER_TASK:
+        assert shapes_of(factory, **{argument: each}) == shapes_of(factory, **{argument: value})
+        return
+    with pytest.raises(ValueError, match=rf"shape \(3,\).*{argument} must be one number"):
+        factory(**{argument: each})
+    # The shape of a traced value is known as well.
+    with pytest.raises(ValueError, match=rf"shape \(3,\).*{argument} must be one number"):
+        jax.eval_shape(lambda each: update_of(factory(**{argument: each})), each)
 
 
 @pytest.mark.parametrize("argument", ["slopes", "losses_after", "slope_fn"])
