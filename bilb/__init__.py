@@ -43,6 +43,7 @@ from bilb.gradient_balancing.krum import krum as krum
 from bilb.gradient_balancing.mgda import mgda as mgda
 from bilb.gradient_balancing.modo import modo as modo
 from bilb.gradient_balancing.nash_mtl import nash_mtl as nash_mtl
+from bilb.gradient_balancing.pcd import pcd as pcd
 from bilb.gradient_balancing.pcgrad import pcgrad as pcgrad
 from bilb.gradient_balancing.sdmgrad import sdmgrad as sdmgrad
 from bilb.gradient_balancing.upgrad import upgrad as upgrad
