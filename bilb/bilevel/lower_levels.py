@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from bilb import base
+from bilb.gradient_balancing.algebra import equal_weights, far
 
 Product = Callable[[jax.Array], jax.Array]
 
@@ -69,7 +69,7 @@ def sdmgrad(eta: float | jax.Array = 0.3) -> LowerLevel:
     base.check_number("eta", eta, minimum=0)
 
     def weights(lam, product, present):
-        return jnp.where(present, lam + eta * _uniform(present, lam.dtype), 0.0) / (1.0 + eta)
+        return jnp.where(present, lam + eta * equal_weights(present, lam.dtype), 0.0) / (1.0 + eta)
 
     def gradient(lam, product, memory, present):
         return product(weights(lam, product, present)), memory
@@ -92,7 +92,7 @@ def cagrad(c: float | jax.Array = 0.4) -> LowerLevel:
     base.check_number("c", c, minimum=0)
 
     def products(lam, product, present):
-        mean = _uniform(present, lam.dtype)
+        mean = equal_weights(present, lam.dtype)
         of_mean, of_lam = product(mean), product(lam)
         norm = lambda square: jnp.sqrt(jnp.maximum(square, 0.0))
         norm_mean, norm_lam = norm(mean @ of_mean), norm(lam @ of_lam)
@@ -127,7 +127,7 @@ def fairgrad(alpha: float | jax.Array = 2.0) -> LowerLevel:
     base.check_number("alpha", alpha, minimum=0, exclusive=True)
 
     def gradient(lam, product, memory, present):
-        uniform = _uniform(present, lam.dtype)
+        uniform = equal_weights(present, lam.dtype)
         # Where λ is 0 the task is absent; the inner `where` keeps its power finite.
         ratio = jnp.where(present, lam, 1.0) / jnp.where(present, uniform, 1.0)
         q = jnp.where(present, ratio ** (1.0 / alpha) * product(lam), 0.0)
@@ -163,17 +163,7 @@ def dualproj(cap: float | jax.Array = 100.0) -> LowerLevel:
     base.check_number("cap", cap, minimum=0, exclusive=True)
 
     def project(lam):
-        present = lam > absent(lam.dtype) / 2
+        present = lam > far(lam.dtype) / 2
         return jnp.clip(lam, 1.0 / jnp.maximum(present.sum(), 1), cap)
 
     return mgda()._replace(project=project, on_simplex=False)
-
-
-def absent(dtype: np.dtype) -> float:
-    """Returns the large negative number that stands for an absent task's λ in ``project``."""
-    return -(float(jnp.finfo(dtype).max) ** 0.5)
-
-
-def _uniform(present, dtype):
-    """Returns equal weights of sum 1 for the present tasks."""
-    return present.astype(dtype) / jnp.maximum(present.sum(), 1)

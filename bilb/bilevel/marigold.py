@@ -19,6 +19,7 @@ import optax
 
 from bilb import base
 from bilb.bilevel import lower_levels
+from bilb.gradient_balancing.algebra import equal_weights, far, onto_simplex
 
 _LOWER = {
     "mgda": lower_levels.mgda,
@@ -155,12 +156,14 @@ def marigold(
             return project(point, present)
         lam = jnp.where(present, point, 0.0)
         total = lam.sum()
-        uniform = present / jnp.maximum(present.sum(), 1)
-        return jnp.where(total > 0, lam / jnp.where(total > 0, total, 1.0), uniform)
+        scaled = lam / jnp.where(total > 0, total, 1.0)
+        return jnp.where(total > 0, scaled, equal_weights(present, lam.dtype))
 
     def project(point, present):
-        far = lower_levels.absent(point.dtype)
-        return jnp.where(present, lower.project(jnp.where(present, point, far)), 0.0)
+        if lower.on_simplex:
+            return onto_simplex(point, present, lower.project)
+        point = jnp.where(present, point, far(point.dtype))
+        return jnp.where(present, lower.project(point), 0.0)
 
     def move(state, lam, updates, present):
         """The point after a step, on the feasible set."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -61,13 +62,26 @@ def divide(values: jax.Array, norms: jax.Array) -> jax.Array:
     return jnp.where(norms > 0, values / jnp.where(norms > 0, norms, 1.0), 0.0)
 
 
-def onto_simplex(point: jax.Array, present: jax.Array) -> jax.Array:
+def onto_simplex(
+    point: jax.Array,
+    present: jax.Array,
+    project: Callable[[jax.Array], jax.Array] = optax.projections.projection_simplex,
+) -> jax.Array:
     """Returns the closest point of the simplex of the present tasks, 0 for the others."""
     top = jnp.max(point, where=present, initial=-jnp.inf)
     # Relative to the largest entry, so that no size of the others costs the sum its digits.
-    far = -(jnp.finfo(point.dtype).max ** 0.5)
-    shifted = jnp.where(present, point - jnp.where(present.any(), top, 0.0), far)
-    return jnp.where(present, optax.projections.projection_simplex(shifted), 0.0)
+    shifted = jnp.where(present, point - jnp.where(present.any(), top, 0.0), far(point.dtype))
+    return jnp.where(present, project(shifted), 0.0)
+
+
+def far(dtype: Any) -> float:
+    """Returns the large negative number that stands for an absent task in a projection."""
+    return -(float(jnp.finfo(dtype).max) ** 0.5)
+
+
+def equal_weights(present: jax.Array, dtype: Any) -> jax.Array:
+    """Returns equal weights of sum 1 for the present tasks, 0 for the others."""
+    return present.astype(dtype) / jnp.maximum(present.sum(), 1)
 
 
 def uniform(num_tasks: int, dtype: Any) -> jax.Array:

@@ -7,11 +7,11 @@ Its dual is ``w = argmin_{w ∈ Δ} g_wᵀ g_0 + c ‖g_0‖ ‖g_w‖``, ``g_w 
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 import optax
 
 from bilb import base
 from bilb.gradient_balancing import solvers
+from bilb.gradient_balancing.algebra import equal_weights
 from bilb.gradient_balancing.weighting import gram_weighting
 
 
@@ -65,8 +65,7 @@ def cagrad(
 
     def weigh(gram, memory, step):
         radius = base.at_step(c, step)
-        mean = jnp.where(gram.present, 1 / jnp.maximum(gram.present.sum(), 1), 0.0)
-        mean = mean.astype(gram.matrix.dtype)
+        mean = equal_weights(gram.present, gram.matrix.dtype)
         weights = solvers.conflict_averse_weights(gram.matrix, mean, radius, gram.present)
         divisor = (1.0, 1.0 + radius**2, 1.0 + radius)[rescale]
         return weights / divisor, memory

@@ -12,7 +12,7 @@ import optax
 
 from bilb import base
 from bilb.gradient_balancing import solvers
-from bilb.gradient_balancing.algebra import onto_simplex, uniform
+from bilb.gradient_balancing.algebra import equal_weights, onto_simplex, uniform
 from bilb.gradient_balancing.weighting import gram_weighting
 
 
@@ -82,7 +82,7 @@ def sdmgrad(
     def weigh(gram, memory, step):
         at_step = lambda value: base.at_step(value, step)
         present, pull = gram.present, at_step(lamb)
-        mean = present / jnp.maximum(present.sum(), 1).astype(memory.dtype)
+        mean = equal_weights(present, memory.dtype)
         if steps is None:
             # On the simplex Jᵀ(w + λ/K) is a convex combination of the rows g_k + λ mean g.
             shift = jnp.where(present[:, None], pull * mean, 0.0)
