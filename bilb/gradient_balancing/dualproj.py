@@ -58,7 +58,7 @@ def dualproj(
         >>> losses = jnp.array([1.0, 1.0])
         >>> gram = jnp.array([[4.0, -1.5], [-1.5, 1.0]])
         >>> balanced, state = balancer.update(losses, balancer.init(losses), gram=gram)
-        >>> print(state.weights.round(3))
+        >>> print(state.weights.round(2))
         [0.5  0.75]
 
     References:

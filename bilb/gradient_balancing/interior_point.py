@@ -134,7 +134,7 @@ def non_negative_quadratic(hessian: jax.Array, target: jax.Array, free: jax.Arra
     size = jnp.max(jnp.abs(target))
     size = jnp.where(size > 0, size, 1.0)
     start = jnp.full_like(target, size)
-    tolerance = 1e-2 * jnp.finfo(target.dtype).eps * size**2
+    tolerance = 1e-3 * jnp.finfo(target.dtype).eps * size**2
     derivatives = lambda x: (_product(hessian, x) - target, hessian)
     x, slacks = minimise(derivatives, start, start, free, tolerance=tolerance)
     support = free & (x > slacks)
