@@ -7,7 +7,7 @@ different scales and fall at different speeds, which is what loss balancing is f
 
     python examples/multidigits.py                              # everything, in about a minute
     python examples/multidigits.py --method si bilb4mtl --seeds 5
-    python examples/multidigits.py --method si+mgda igb_v1+mgda
+    python examples/multidigits.py --method si+mgda igb_v1+nash_mtl
 
 It trains the methods and, as references, one separate network per task (STL, and STL-log on the
 logarithm of the loss), prints a table and writes a figure. Nothing is downloaded.

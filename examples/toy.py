@@ -7,7 +7,7 @@ losses are equal once that scale is taken out again.
 
     python examples/toy.py                       # a few seconds
     python examples/toy.py --method bilb4mtl --penalty 0.1
-    python examples/toy.py --method mgda bilb4mtl+mgda
+    python examples/toy.py --method mgda cagrad nash_mtl
 
 It prints where each method ends up and writes a figure of the paths, in the plane of the parameters
 and in the plane of the losses. To add a method, add a line to METHODS; ``+`` joins several of them.
@@ -52,6 +52,10 @@ METHODS: dict[str, Callable[[Options], optax.GradientTransformation]] = {
     "marigold": lambda o: bilb.marigold(),
     "famo": lambda o: bilb.famo(gamma=0.0, min_losses=jnp.array([SCALE * -21.0, -21.0])),
     "mgda": lambda o: bilb.mgda(),
+    "upgrad": lambda o: bilb.upgrad(),
+    "cagrad": lambda o: bilb.cagrad(),
+    "nash_mtl": lambda o: bilb.nash_mtl(),
+    "fairgrad": lambda o: bilb.fairgrad(),
     "pcgrad": lambda o: bilb.pcgrad(),
     "imtl_g": lambda o: bilb.imtl_g(),
     "aligned_mtl": lambda o: bilb.aligned_mtl(),
