@@ -111,7 +111,7 @@ def chain(*links: optax.GradientTransformation) -> optax.GradientTransformationE
         for i in range(len(links)):
             values, new = run.call(i, values, {**extra, "mask": mask})
             states.append(new)
-            kept.append(run.keep(i, mask))
+            kept.append(jax.tree.map(base.like, run.keep(i, mask), state.kept[i]))
             if isinstance(links[i], Collective) and mask is not None:
                 mask = links[i].anywhere(mask)
         if mask is not None:
@@ -228,8 +228,8 @@ class _Run:
         derivative = None if kept.derivative is None else self.derivative(i)
         if kept.links is None:
             return Kept(derivative, None, None, None)
-        losses = jax.lax.stop_gradient(self.values)
-        present = base.present(losses, mask)
+        present = base.present(self.values, mask)
+        losses = jnp.where(present, jax.lax.stop_gradient(self.values), 1.0)
         # Copies, as a link may return parts of its state as they were.
         links = jax.tree.map(jnp.copy, self.state.links[:i])
         return Kept(derivative, links, jnp.copy(losses), jnp.copy(present))

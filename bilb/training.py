@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import optax
+from jax.interpreters import partial_eval
 
 from bilb import base, jacobian
 from bilb import grams as gram_engines
@@ -163,16 +163,16 @@ class ValueAndGrad:
         no_features = jax.tree.map(jnp.zeros_like, features)
         gradient_of = lambda weights: self._mean(pullback((weights, no_features)))
         here = self._on_shared(losses, gradient_of, lambda direction: pushforward(direction)[0])
-        rows = functools.cache(lambda: self.gram.rows(gradient_of, losses))
         of_rows = isinstance(self.gram, gram_engines.Stacked)
+        take_rows = lambda: self.gram.rows(gradient_of, losses)
+        rows = functools.cache(take_rows)
 
         def slopes_along(direction):
             batch, at = (args, here) if slope_args is None else (slope_args, None)
             direction = _shared(direction, self.shared)
             return self.slopes(self._losses, params, direction, *batch, at=at)
 
-        @functools.cache
-        def gram():
+        def take_gram(rows=take_rows):
             if gram_args is not None:
                 batches = gram_args if isinstance(gram_args, list) else [gram_args]
                 other, *first = [self._linearize(params, *batch) for batch in batches]
@@ -180,6 +180,8 @@ class ValueAndGrad:
             if of_rows:
                 return gram_engines.of_rows(_shared(rows(), self.shared))
             return self.gram.of(here, params, state.step)
+
+        gram = functools.cache(lambda: take_gram(rows))
 
         def norms():
             if of_rows:
@@ -202,7 +204,8 @@ class ValueAndGrad:
         supply = {
             "slope_fn": lambda: lambda weights: slopes_along(gradient_of(weights)),
             "gram": gram,
-            "gram_fn": lambda: gram,
+            # Not what is kept above: a method calls this inside control flow of its own.
+            "gram_fn": lambda: take_gram,
             "gradient_norms": norms,
         }
         ((weights, of_features), balancer), asked = base.supply_missing(weigh, given, supply)
@@ -418,9 +421,9 @@ def aggregate_by(
         if state.slopes is not None:
             given["slopes"] = state.slopes
         supply = {
-            "slope_fn": lambda: lambda weights: gram() @ weights,
+            "slope_fn": lambda: functools.partial(jnp.matmul, gram(), precision="highest"),
             "gram": gram,
-            "gram_fn": lambda: gram,
+            "gram_fn": lambda: lambda: gram_engines.of_rows(shared_rows),
             "gradient_norms": lambda: jnp.sqrt(jnp.diagonal(gram())),
         }
 
@@ -437,7 +440,9 @@ def aggregate_by(
         dtype = state.effective_weights.dtype
         if losses is None:
             losses = jnp.ones(num_tasks, dtype)
-            if _depends_on_its_argument(weigh, losses):
+            depends = _depends_on_its_argument(weigh, losses)
+            gram.cache_clear()  # what was taken inside of that trace cannot leave it
+            if depends:
                 raise base.MissingArgument(
                     "losses",
                     "aggregate_by",
@@ -474,8 +479,4 @@ def _with_heads(combined, weights, shared, heads, mask):
 def _depends_on_its_argument(function, argument):
     """Whether what a function returns is computed from the values of its argument."""
     jaxpr = jax.make_jaxpr(function)(argument).jaxpr
-    needed = {var for var in jaxpr.outvars if isinstance(var, jax.extend.core.Var)}
-    for equation in reversed(jaxpr.eqns):
-        if needed & {*equation.outvars}:
-            needed |= {var for var in equation.invars if isinstance(var, jax.extend.core.Var)}
-    return jaxpr.invars[0] in needed
+    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1][0]

@@ -10,7 +10,10 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+
+from bilb import base
 
 # Most of what tests over all methods do is to compile; their programs are too small to optimise.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -27,13 +30,17 @@ class Method:
         arguments: the other keywords, or a function of the number of tasks that returns them. One
             named ``key`` is a seed and is vmapped over as well.
         static_args: the documented static arguments of ``optax.inject_hyperparams``.
-        extra: ``losses -> extra arguments`` that ``update`` cannot work without.
+        extra: ``losses -> arrays`` that ``update`` cannot work without, by name.
+        keywords: ``arrays -> extra arguments``; the arrays themselves unless a method wants a
+            function of them.
         values: ``(losses, new_state) -> (K,)``, what the links in front make of the losses.
         phi: ``(values, weights) -> scalar``, the documented objective with the state's weights
             (None where it has none) held constant; None where it has no such form. Absent tasks
             are left out of both arguments.
         warmup: the number of updates before ``phi`` holds.
-        equivariant: permuting losses and per-task state permutes what comes out.
+        equivariant: permuting losses, what speaks of them, and per-task state permutes what comes
+            out.
+        sparse: weights may be exactly zero.
         learns: per-task fields of the state that move over generic losses.
         shared: fields of the state that tasks share although they have an axis of length K.
     """
@@ -46,10 +53,12 @@ class Method:
     )
     static_args: tuple[str, ...] = ()
     extra: Callable[[jax.Array], dict[str, Any]] = lambda losses: {}
+    keywords: Callable[[dict[str, Any]], dict[str, Any]] = lambda arrays: arrays
     values: Callable[[jax.Array, Any], jax.Array] = lambda losses, state: losses
     phi: Callable[[jax.Array, Any], jax.Array] | None = lambda values, weights: values.sum()
     warmup: int = 0
     equivariant: bool = True
+    sparse: bool = False
     learns: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
 
@@ -67,11 +76,16 @@ class Method:
 
     def update(self, transformation, losses, state, **more):
         """Calls update with the extra arguments that the method needs."""
-        return transformation.update(losses, state, **{**self.extra(losses), **more})
+        given = self.keywords(self.extra(losses))
+        return transformation.update(losses, state, **{**given, **more})
 
     def step(self, transformation):
         """Returns update with the extra arguments that the method needs filled in."""
         return lambda losses, state: self.update(transformation, losses, state)
+
+    def about_losses(self, num_tasks):
+        """Returns the names of the arrays that speak of the losses."""
+        return [name for name in self.extra(jnp.ones(num_tasks)) if name in base.ABOUT_LOSSES]
 
     def objective(self, losses, state, present=slice(None)):
         """Returns the documented objective, written independently of the library."""
@@ -81,28 +95,93 @@ class Method:
 
     def take(self, state, tasks, num_tasks):
         """Returns the state of the tasks with these indices, in their order."""
-        pick = lambda axis, leaf: leaf if axis < 0 else jnp.take(leaf, tasks, axis)
-        return jax.tree.map(pick, task_axes(self, num_tasks), state)
+        return jax.tree.map(
+            lambda axes, leaf: take(leaf, tasks, axes), task_axes(self, num_tasks), state
+        )
+
+
+class Axes(tuple):
+    """The axes of a leaf that belong to the tasks; a leaf itself in a tree of them."""
 
 
 @functools.cache
 def task_axes(method, num_tasks):
-    """Returns for every leaf of the state the axis that grows with K, or -1."""
+    """Returns for every leaf of the state the axes that grow with K."""
     shapes = lambda k: jax.eval_shape(lambda: method.make(k).init(jnp.ones(k)))
 
-    def axis(path, leaf, wider):
-        differs = [a for a, (n, m) in enumerate(zip(leaf.shape, wider.shape)) if n != m]
-        shared = any(f".{field}" in jax.tree_util.keystr(path) for field in method.shared)
-        return -1 if shared or not differs else differs[0]
+    def axes(path, leaf, wider):
+        if any(f".{field}" in jax.tree_util.keystr(path) for field in method.shared):
+            return Axes()
+        return Axes(a for a, (n, m) in enumerate(zip(leaf.shape, wider.shape)) if n != m)
 
-    return jax.tree_util.tree_map_with_path(axis, shapes(num_tasks), shapes(num_tasks + 1))
+    return jax.tree_util.tree_map_with_path(axes, shapes(num_tasks), shapes(num_tasks + 1))
+
+
+def take(array, tasks, axes):
+    """Returns the entries of these tasks, in their order, along all axes that belong to tasks."""
+    for axis in axes:
+        array = jnp.take(array, tasks, axis)
+    return array
+
+
+def permuted(extra, order):
+    """Returns what speaks of the losses, for the tasks in another order."""
+    axes = lambda name: range(base.ABOUT_LOSSES[name].axes) if name in base.ABOUT_LOSSES else ()
+    return {name: take(value, order, axes(name)) for name, value in extra.items()}
+
+
+def spoiled(extra, tasks, value):
+    """Returns what speaks of the losses with another value for some tasks' entries."""
+    extra = dict(extra)
+    for name in extra:
+        if name in base.ABOUT_LOSSES:
+            extra[name] = extra[name].at[tasks].set(value)
+            if base.ABOUT_LOSSES[name].axes == 2:
+                extra[name] = extra[name].at[:, tasks].set(value)
+    return extra
 
 
 @functools.cache
 def compiled(method, num_tasks):
-    """Returns the transformation and its jitted ``(losses, state)`` update, shared by tests."""
+    """Returns the transformation and its jitted update, one program for most tests.
+
+    It is ``(losses, state, mask=all, extra=usual) -> balanced, state, gradient``, the last being
+    that of the balanced sum by the losses.
+    """
     transformation = method.make(num_tasks)
-    return transformation, jit(method.step(transformation))
+    everything = np.ones(num_tasks, bool)
+
+    @jit
+    def program(losses, state, mask, extra):
+        def objective(losses):
+            balanced, new_state = transformation.update(
+                losses, state, mask=mask, **method.keywords(extra)
+            )
+            return balanced.sum(), (balanced, new_state)
+
+        gradient, (balanced, new_state) = jax.grad(objective, has_aux=True)(losses)
+        return balanced, new_state, gradient
+
+    def update(losses, state, mask=everything, extra=None):
+        extra = method.extra(losses) if extra is None else extra
+        return program(losses, state, mask, extra)
+
+    update.cache_size = program._cache_size
+    return transformation, update
+
+
+def train(transformation, update, losses):
+    """Updates over the rows of losses; returns the last balanced losses and state."""
+    state = transformation.init(losses[0])
+    for row in losses:
+        balanced, state, *_ = update(row, state)
+    return balanced, state
+
+
+def warm(method, num_tasks, steps=4):
+    """Returns a state after a few steps, and the next losses."""
+    losses = example_losses(steps + 1, num_tasks)
+    return train(*compiled(method, num_tasks), losses[:-1])[1], losses[-1]
 
 
 def numbers(tree):

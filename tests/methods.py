@@ -4,6 +4,7 @@ The contract tests run every entry of ``METHODS``; a new method is a new line th
 """
 
 import functools
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -133,10 +134,57 @@ preset_of_features = {
     "extra": features,
 }
 guarded = lambda penalty: bilb.skip_nonfinite(
-    optax.chain(bilb.log_losses(), bilb.scale_by_initial_loss(), bilb.bilb4mtl(penalty))
+    bilb.chain(bilb.log_losses(), bilb.scale_by_initial_loss(), bilb.bilb4mtl(penalty))
 )
 initial_and_router = ("initial_losses", "router", "weights", "opt_state")
-norms = lambda losses: {"gradient_norms": jnp.linspace(1.0, 2.0, losses.size)}
+slopes = lambda losses: {"slopes": losses / 2}
+losses_after = lambda losses: {"losses_after": losses / 2}
+norms = lambda losses: {"gradient_norms": jnp.linspace(1.0, 2.0, losses.size, dtype=losses.dtype)}
+
+
+def gram(losses):
+    """Returns a well-conditioned Gram matrix of gradients whose lengths differ."""
+    k = jnp.arange(1.0, losses.size + 1, dtype=losses.dtype)
+    lengths = 1 + 0.1 * (k % 5)
+    cosines = 0.3 * jnp.cos(k[:, None] * k) / losses.size**0.5
+    cosines = jnp.where(k[:, None] == k, 1.0, 0.5 * (cosines + cosines.T))
+    return {"gram": lengths[:, None] * cosines * lengths}
+
+
+class ThrowAwayState(NamedTuple):
+    step: jax.Array
+    weights: jax.Array  # (K,)
+    mean: jax.Array  # (K, K)
+
+
+def throw_away(decay):
+    """A method with a (K, K) state, as a user would write it."""
+
+    def init(num_tasks, dtype):
+        return ThrowAwayState(
+            jnp.zeros((), jnp.int32),
+            jnp.ones(num_tasks, dtype),
+            jnp.zeros((num_tasks, num_tasks), dtype),
+        )
+
+    def update(losses, state, *, mask, gram):
+        present = jnp.ones(losses.shape, bool) if mask is None else mask
+        size = jnp.max(jnp.abs(gram))
+        mean = decay * state.mean + (1 - decay) * gram / jnp.where(size > 0, size, 1.0)
+        weights = 1 / (1 + jnp.abs(mean).sum(1, where=present))
+        return weights * losses, ThrowAwayState(state.step + 1, weights, mean)
+
+    return bilb.loss_transformation(init, update)
+
+
+# Chains of which the last link reads what speaks of the losses.
+igb_v1_marigold = lambda max_logit: bilb.chain(
+    bilb.igb_v1(0, 1), bilb.marigold(max_logit=max_logit)
+)
+initial_loss_famo = lambda gamma: bilb.chain(bilb.scale_by_initial_loss(), bilb.famo(gamma=gamma))
+log_gradnorm = lambda alpha: bilb.chain(bilb.log_losses(), bilb.gradnorm(alpha))
+igb_v1_mgda = lambda: bilb.chain(bilb.igb_v1(0, 1), bilb.mgda())
+
 
 METHODS = [
     Method("linear_scalarization", bilb.linear_scalarization, {"weights": 0.5}, phi=weighted_sum),
@@ -216,19 +264,47 @@ METHODS = [
         "marigold",
         bilb.marigold,
         {"regularization": 0.1, "max_logit": 6.0},
-        static_args=("transform", "inner_steps"),
-        extra=lambda losses: {"slopes": losses / 2},
+        static_args=("inner_steps",),
+        extra=slopes,
         phi=weighted_sum,
-        learns=("point", "weights", "losses", "opt_state"),
+        learns=("point", "weights", "opt_state"),
+    ),
+    Method(
+        "marigold-cagrad",
+        bilb.marigold,
+        {"regularization": 0.1},
+        {"lower": "cagrad", "inner_steps": 2},
+        static_args=("inner_steps",),
+        extra=gram,
+        keywords=lambda arrays: {"slope_fn": lambda weights: arrays["gram"] @ weights},
+        phi=weighted_sum,
+        learns=("point", "weights", "opt_state"),
+    ),
+    Method(
+        "igb_v1-marigold",
+        igb_v1_marigold,
+        {"max_logit": 6.0},
+        extra=slopes,
+        phi=None,
+        learns=("point", "opt_state"),
     ),
     Method(
         "famo",
         bilb.famo,
         {"gamma": 1e-3, "min_losses": 0.0},
-        extra=lambda losses: {"losses_after": losses / 2},
+        extra=losses_after,
         values=lambda losses, _: losses + 1e-8,
         phi=famo_objective,
         learns=("logits", "weights", "losses", "opt_state"),
+    ),
+    Method(
+        "initial_loss-famo",
+        initial_loss_famo,
+        {"gamma": 1e-3},
+        extra=losses_after,
+        values=lambda losses, state: losses / state.links[0].initial_losses + 1e-8,
+        phi=famo_objective,
+        learns=("logits", "weights", "opt_state"),
     ),
     Method(
         "rlw",
@@ -325,7 +401,6 @@ METHODS = [
         {"alpha": 1.5, "base_steps": 1},
         extra=norms,
         phi=weighted_sum,
-        equivariant=False,
         learns=("weights", "scales", "initial_losses", "count", "opt_state"),
     ),
     Method(
@@ -335,8 +410,24 @@ METHODS = [
         {"scheme": "sum"},
         extra=norms,
         phi=weighted_sum,
-        equivariant=False,
         learns=("weights", "scales", "initial_losses", "count", "opt_state"),
+    ),
+    Method(
+        "log-gradnorm",
+        log_gradnorm,
+        {"alpha": 1.5},
+        extra=norms,
+        values=lambda losses, _: jnp.log(losses),
+        phi=weighted_sum,
+        learns=("weights", "scales", "opt_state"),
+    ),
+    Method(
+        "throw_away",
+        throw_away,
+        {"decay": 0.3},
+        extra=gram,
+        phi=weighted_sum,
+        learns=("weights", "mean"),
     ),
     Method(
         "igb_v1",
@@ -370,5 +461,63 @@ METHODS = [
         equivariant=False,
         learns=("base_losses", "last_losses", "weights"),
         shared=("agent", "buffer"),
+    ),
+    Method(
+        "mgda",
+        bilb.mgda,
+        {"decay": 0.3},
+        extra=gram,
+        phi=weighted_sum,
+        sparse=True,
+        learns=("weights", "mean"),
+    ),
+    Method(
+        "upgrad",
+        bilb.upgrad,
+        {"reg_eps": 1e-4, "norm_eps": 1e-4, "preference": 0.5, "decay": 0.3},
+        extra=gram,
+        phi=weighted_sum,
+        learns=("weights", "mean"),
+    ),
+    Method(
+        "dualproj",
+        bilb.dualproj,
+        {"reg_eps": 1e-4, "norm_eps": 1e-4, "preference": 0.5, "decay": 0.3},
+        extra=gram,
+        phi=weighted_sum,
+        learns=("weights", "mean"),
+    ),
+    Method(
+        "cagrad",
+        bilb.cagrad,
+        {"c": 0.4, "decay": 0.3},
+        static_args=("rescale",),
+        extra=gram,
+        phi=weighted_sum,
+        learns=("weights", "mean"),
+    ),
+    Method(
+        "nash_mtl",
+        bilb.nash_mtl,
+        {"max_norm": 1.0, "decay": 0.3},
+        static_args=("every",),
+        extra=gram,
+        phi=weighted_sum,
+        learns=("weights", "mean"),
+    ),
+    Method(
+        "fairgrad",
+        bilb.fairgrad,
+        {"alpha": 2.0, "decay": 0.3},
+        extra=gram,
+        phi=weighted_sum,
+        learns=("weights", "mean"),
+    ),
+    Method(
+        "igb_v1-mgda",
+        igb_v1_mgda,
+        extra=gram,
+        phi=None,
+        sparse=True,
     ),
 ]

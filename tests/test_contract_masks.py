@@ -1,7 +1,5 @@
 """Absent tasks and non-finite losses: they contribute nothing and teach nothing."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -14,7 +12,9 @@ from contract import (
     compiled,
     example_losses,
     jit,
+    spoiled,
     task_axes,
+    warm,
 )
 from methods import METHODS
 
@@ -27,60 +27,37 @@ ABSENT = jnp.flatnonzero(~PRESENT)
 every_method = pytest.mark.parametrize("method", METHODS, ids=str, scope="module")
 
 
-@functools.cache
-def masked(method):
-    """Returns the transformation and ``(losses, state, mask) -> balanced, state, gradient``."""
-    transformation = method.make(K)
+def fields(method, state):
+    """Returns ``(path, entries of present tasks, other entries)`` of every per-task leaf.
 
-    @jit
-    def function(losses, state, mask):
-        def objective(losses):
-            balanced, new_state = method.update(transformation, losses, state, mask=mask)
-            return balanced.sum(), (balanced, new_state)
-
-        gradient, (balanced, new_state) = jax.grad(objective, has_aux=True)(losses)
-        return balanced, new_state, gradient
-
-    return transformation, function
-
-
-def warm(method):
-    """Returns the state after two steps of all tasks."""
-    transformation, function = masked(method)
-    losses = example_losses(2, K)
-    state = transformation.init(losses[0])
-    for row in losses:
-        _, state, _ = function(row, state, jnp.ones(K, bool))
-    return state
-
-
-def fields(method, state, tasks):
-    """Returns ``(path, entries of these tasks)`` of every per-task leaf of the state.
-
-    All but a note of which tasks were present.
+    An entry is a present task's if it is so along all axes that belong to the tasks. Notes on the
+    call itself, of which tasks were present and of what links were in, are left out.
     """
-    axes = jax.tree.leaves(task_axes(method, K))
+    axes_of_leaves = jax.tree.leaves(task_axes(method, K))
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    return [
-        (jax.tree_util.keystr(path), np.take(np.asarray(leaf), tasks, axis))
-        for axis, (path, leaf) in zip(axes, leaves)
-        if axis >= 0 and ".present" not in jax.tree_util.keystr(path)
-    ]
+    entries = []
+    for axes, (path, leaf) in zip(axes_of_leaves, leaves):
+        name, leaf = jax.tree_util.keystr(path), np.asarray(leaf)
+        if not axes or ".present" in name or ".kept" in name:
+            continue
+        present = np.ones(leaf.shape, bool)
+        for axis in axes:
+            present &= np.expand_dims(PRESENT, [a for a in range(leaf.ndim) if a != axis])
+        entries.append((name, leaf[present], leaf[~present]))
+    return entries
 
 
 @every_method
 def test_absent_tasks_contribute_nothing_and_learn_nothing(method):
-    _, function = masked(method)
-    first = state = warm(method)
+    _, update = compiled(method, K)
+    first = state = warm(method, K)[0]
     for row in example_losses(20, K, seed=1):
-        balanced, state, gradient = function(row.at[ABSENT].set(jnp.nan), state, PRESENT)
+        balanced, state, gradient = update(row.at[ABSENT].set(jnp.nan), state, PRESENT)
         assert_finite((balanced, state, gradient))
         assert not balanced[ABSENT].any()
         assert not gradient[ABSENT].any()
-        assert gradient[INDICES].all()
-    for (path, before), (_, after) in zip(
-        fields(method, first, ABSENT), fields(method, state, ABSENT)
-    ):
+        assert gradient[INDICES].any() if method.sparse else gradient[INDICES].all()
+    for (path, _, before), (_, _, after) in zip(fields(method, first), fields(method, state)):
         np.testing.assert_array_equal(after, before, err_msg=path)
     if method.phi:
         np.testing.assert_allclose(
@@ -90,15 +67,16 @@ def test_absent_tasks_contribute_nothing_and_learn_nothing(method):
 
 @every_method
 def test_present_tasks_learn(method):
-    transformation, function = masked(method)
+    transformation, update = compiled(method, K)
     state = transformation.init(jnp.ones(K))
-    before = fields(method, state, INDICES)
+    before = fields(method, state)
     for row in example_losses(5, K, seed=1):
-        _, state, _ = function(row, state, PRESENT)
+        _, state, _ = update(row, state, PRESENT)
+    some = np.any if method.sparse else np.all
     moved = [
         path
-        for (path, old), (_, new) in zip(before, fields(method, state, INDICES))
-        if (old != new).all()
+        for (path, old, _), (_, new, _) in zip(before, fields(method, state))
+        if some(old != new)
     ]
     learned = [name for name in method.learns if name not in method.shared]
     assert all(any(f".{name}" in path for path in moved) for name in learned)
@@ -106,43 +84,47 @@ def test_present_tasks_learn(method):
 
 @every_method
 def test_the_loss_of_an_absent_task_does_not_matter(method):
-    _, function = masked(method)
-    state = warm(method)
+    _, update = compiled(method, K)
+    state = warm(method, K)[0]
     losses = example_losses(K, seed=1)
+    # Slopes tell of the previous call, in which all tasks were present.
+    extra = method.extra(losses)
     results = [
-        function(losses.at[ABSENT].set(value), state, PRESENT)
+        update(losses.at[ABSENT].set(value), state, PRESENT, extra)
         for value in (1.0, -1e6, jnp.inf, jnp.nan)
     ]
     for other in results[1:]:
         assert_equal(other, results[0])
 
 
-@every_method
-def test_a_mask_of_all_tasks_is_no_mask(method):
-    _, function = masked(method)
-    state, losses = warm(method), example_losses(K, seed=1)
-    balanced, new_state, _ = function(losses, state, jnp.ones(K, bool))
-    expected = compiled(method, K)[1](losses, state)
-    assert_close((balanced, new_state), expected)
+@pytest.mark.parametrize("method", [m for m in METHODS if m.about_losses(K)], ids=str)
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_what_is_said_of_an_absent_task_does_not_matter(method, value):
+    _, update = compiled(method, K)
+    state, losses = warm(method, K)
+    # What tells of the previous call is about the tasks that were present then.
+    _, state, _ = update(losses, state, PRESENT)
+    extra = method.extra(losses)
+    other = spoiled(extra, ABSENT, value)
+    assert_equal(update(losses, state, PRESENT, other), update(losses, state, PRESENT, extra))
 
 
 @every_method
 def test_no_task_at_all_stays_finite_and_comes_back(method):
-    transformation, function = masked(method)
-    nothing, everything = jnp.zeros(K, bool), jnp.ones(K, bool)
+    transformation, update = compiled(method, K)
     losses = jnp.full(K, jnp.nan, jnp.float32)
-    for state in (transformation.init(losses), warm(method)):
-        balanced, next_state, gradient = function(losses, state, nothing)
+    for state in (transformation.init(losses), warm(method, K)[0]):
+        balanced, next_state, gradient = update(losses, state, jnp.zeros(K, bool))
         assert not balanced.any()
         assert not gradient.any()
-        result = function(example_losses(K), next_state, everything)
+        result = update(example_losses(K), next_state)
         assert_finite((next_state, result))
 
 
 @every_method
 def test_skip_nonfinite_treats_a_nonfinite_loss_as_absent(method):
-    transformation, function = masked(method)
-    state = warm(method)
+    transformation, update = compiled(method, K)
+    state = warm(method, K)[0]
     losses = example_losses(K, seed=1).at[ABSENT].set(jnp.array([jnp.nan, -jnp.inf]))
     guarded = bilb.skip_nonfinite(transformation)
     chex.assert_trees_all_equal_structs(guarded.init(losses), state)
@@ -152,7 +134,7 @@ def test_skip_nonfinite_treats_a_nonfinite_loss_as_absent(method):
         return balanced.sum(), (balanced, new_state)
 
     gradient, (balanced, new_state) = jax.grad(objective, has_aux=True)(losses)
-    expected = function(losses, state, PRESENT)
+    expected = update(losses, state, PRESENT)
     assert_finite(expected)
     assert_close((balanced, new_state, gradient), expected)
 
@@ -164,15 +146,13 @@ def test_a_nonfinite_loss_passes_through_a_link_to_its_own_entry_only(method):
     transformation, update = compiled(method, K)
     losses = example_losses(K)
     for bad in (jnp.nan, jnp.inf):
-        first, state = update(losses.at[ABSENT].set(bad), transformation.init(losses))
+        first, state, _ = update(losses.at[ABSENT].set(bad), transformation.init(losses))
         assert not jnp.isfinite(first[ABSENT]).any()
-        second, state = update(losses, state)
+        second, state, _ = update(losses, state)
         assert_finite((first[INDICES], second, state))
         # The statistics of the others are those they would have had anyway.
-        _, usual = update(losses, transformation.init(losses))
-        for (path, actual), (_, desired) in zip(
-            fields(method, state, INDICES), fields(method, usual, INDICES)
-        ):
+        _, usual, _ = update(losses, transformation.init(losses))
+        for (path, actual, _), (_, desired, _) in zip(fields(method, state), fields(method, usual)):
             np.testing.assert_array_equal(actual, desired, err_msg=path)
 
 

@@ -15,6 +15,7 @@ from contract import (
     example_losses,
     jit,
     numbers,
+    warm,
 )
 from methods import METHODS, NUM_FEATURES, Network, features
 
@@ -35,29 +36,38 @@ def run(method, transformation, losses):
     return balanced[-1], state
 
 
-def warm_state(method, steps=2):
-    transformation, update = compiled(method, K)
-    losses = example_losses(steps, K)
-    state = transformation.init(losses[0])
-    for row in losses:
-        _, state = update(row, state)
-    return state
+def injected(method):
+    factory = optax.inject_hyperparams(method.factory, static_args=method.static_args)
+    return factory(**method.numeric, **method.fixed(K))
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m.numeric], ids=str, scope="module")
+with_numbers = pytest.mark.parametrize(
+    "method", [m for m in METHODS if m.numeric], ids=str, scope="module"
+)
+
+
+@with_numbers
 def test_injected_hyperparameters_equal_the_direct_call(method):
-    factory = optax.inject_hyperparams(
-        method.factory, static_args=method.static_args, hyperparam_dtype=jnp.float32
-    )
-    injected = factory(**method.numeric, **method.fixed(K))
     losses = example_losses(2, K)
-    balanced, state = run(method, injected, losses)
+    balanced, state = run(method, injected(method), losses)
     transformation, update = compiled(method, K)
     expected_state = transformation.init(losses[0])
     for row in losses:
-        expected, expected_state = update(row, expected_state)
+        expected, expected_state, _ = update(row, expected_state)
     assert set(method.numeric) <= set(state.hyperparams)
     assert_close((balanced, state.inner_state), (expected, expected_state), rtol=1e-4, atol=1e-5)
+
+
+@with_numbers
+def test_hyperparameters_are_injected_by_the_simple_call_in_value_and_grad(method):
+    value_and_grad = bilb.value_and_grad(lambda x: x**2, injected(method))
+    of_call = {k: v for k, v in method.extra(jnp.ones(K)).items() if k == "features"}
+    state = value_and_grad.init(jnp.ones(K), **of_call)
+    step = lambda state: value_and_grad(jnp.ones(K), state, **of_call)
+    losses, gradient, new_state = jax.eval_shape(step, state)
+    assert losses.shape == gradient.shape == (K,)
+    assert new_state == jax.eval_shape(lambda: state)
+    assert set(method.numeric) <= set(state.balancer.hyperparams)
 
 
 def test_injected_penalty_can_be_a_schedule_and_can_be_set():
@@ -91,7 +101,7 @@ def test_no_two_fields_of_a_state_share_a_buffer(method):
     transformation, update = compiled(method, K)
     losses = example_losses(K)
     first = transformation.init(losses)
-    _, jitted = update(losses, first)
+    _, jitted, _ = update(losses, first)
     _, eager = method.update(transformation, losses, first)
     for state in (first, jitted, eager):
         addresses = pointers(losses, state)
@@ -144,7 +154,7 @@ def test_states_can_be_donated_and_the_users_arrays_survive(make, users):
 
 
 def test_states_survive_an_orbax_checkpoint(tmp_path):
-    states = {method.name: warm_state(method) for method in METHODS}
+    states = {method.name: warm(method, K, steps=2)[0] for method in METHODS}
     states["keys"] = {"typed": jax.random.key(1), "raw": jax.random.PRNGKey(1)}
     template = jax.eval_shape(lambda: states)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -157,7 +167,7 @@ def test_states_survive_an_orbax_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("method", METHODS, ids=str, scope="module")
 def test_states_survive_flax_serialization(method):
-    state = warm_state(method)
+    state = warm(method, K, steps=2)[0]
     if any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(state)):
         pytest.skip("flax.serialization does not take typed keys")
     transformation, _ = compiled(method, K)

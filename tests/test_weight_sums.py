@@ -40,7 +40,7 @@ def check(method, rows):
     transformation, update = compiled(method, K)
     state = transformation.init(jnp.asarray(rows[0]))
     for row in rows:
-        _, state = update(jnp.asarray(row), state)
+        _, state, _ = update(jnp.asarray(row), state)
     weights = np.asarray(optax.tree.get(state, "weights"))
     assert (weights >= 0).all()
     if method.name in SUMS:

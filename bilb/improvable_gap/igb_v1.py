@@ -84,13 +84,14 @@ def igb_v1(
             base.new_step(), *windows.init(num_tasks, dtype), jnp.ones(num_tasks, dtype)
         )
 
-    def update(losses, state, *, mask, **_):
-        usable = base.usable(losses, mask)
+    def update(losses, state, *, mask, statistics_of=None, **_):
+        observed = jax.lax.stop_gradient(losses if statistics_of is None else statistics_of)
+        usable = base.usable(observed, mask)
         means, known = windows.observe(
             windows.BaseLosses(state.base_losses, state.base_counts),
-            losses, usable, state.step, base_start, base_steps,
+            observed, usable, state.step, base_start, base_steps,
         )  # fmt: skip
-        gap = windows.relative(jax.lax.stop_gradient(losses), means.mean, floor)
+        gap = windows.relative(observed, means.mean, floor)
         weights = jnp.sum(usable) * jax.nn.softmax(gap, where=usable)
         weights = jnp.where(known & usable, weights, state.weights)
         balanced = weights * jnp.log(base.at_least(losses, floor))

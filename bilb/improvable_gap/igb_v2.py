@@ -226,7 +226,7 @@ def igb_v2(
             key=state_key,
         )
 
-    def update(losses, state, *, mask, **_):
+    def update(losses, state, *, mask, statistics_of=None, **_):
         num_tasks, dtype = losses.shape[0], losses.dtype
         key, warmup_key, action_key, train_key = jax.random.split(state.key, 4)
         draws = Draws(
@@ -236,7 +236,10 @@ def igb_v2(
                 jax.random.fold_in(train_key, i), size, batch_size, num_tasks, dtype
             ),
         )
-        balanced, state = igb_v2_step(losses, state, draws, settings, mask)
+        observed = losses if statistics_of is None else statistics_of
+        balanced, state = igb_v2_step(observed, state, draws, settings, mask)
+        if statistics_of is not None:
+            balanced = state.weights * jnp.log(base.at_least(losses, settings.floor))
         return balanced, state._replace(key=key)
 
     return base.loss_transformation(init, update, keeps_absent=False)
