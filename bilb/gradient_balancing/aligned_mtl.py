@@ -61,6 +61,7 @@ def aligned_mtl(
     """
     if scale not in ("min", "median", "rmse"):
         raise ValueError(f'scale must be "min", "median" or "rmse"; got {scale!r}.')
+    base.check_number("preference", preference, per_task=True)
 
     def weigh(gram, memory, step):
         del step

@@ -56,6 +56,7 @@ def config(
         Liu, Chu and Thuerey, *ConFIG: towards conflict-free training of physics informed neural
         networks*, arXiv 2408.11104.
     """
+    base.check_number("preference", preference, per_task=True)
 
     def weigh(gram, memory, step):
         del step

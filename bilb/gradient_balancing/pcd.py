@@ -78,11 +78,11 @@ def pcd(
         *Not all objectives are born equal: priority-constrained descent for hierarchical
         multi-objective optimization*, arXiv 2606.29521.
     """
-    base.check_number("tau", tau, minimum=0, maximum=1)
-    base.check_number("beta", beta, minimum=0, maximum=1)
+    base.check_number("tau", tau, minimum=0, maximum=1, per_task=True)
+    base.check_number("beta", beta, minimum=0, maximum=1, schedule=True)
     if isinstance(beta, int | float) and beta == 1:
         raise ValueError("beta must be < 1, or nothing is ever learnt; got 1.")
-    base.check_number("eps", eps, minimum=0)
+    base.check_number("eps", eps, minimum=0, schedule=True)
     base.check_number("primary", primary, minimum=0)
 
     def init(num_tasks, dtype):
