@@ -3,6 +3,9 @@
 :func:`exact`, :func:`stacked` and :func:`sketch` return what :func:`bilb.value_and_grad` takes as
 ``gram=``; ``bilb.grams.exact()(task_losses, params, *args)`` is the same by hand. All are symmetric
 and in float32 at least.
+
+The entries are squares: in float32 a task whose gradient is longer than 1.8e19 counts as one that
+is not finite, hence as absent, and one shorter than 1e-19 or so as having gradient zero.
 """
 
 from __future__ import annotations
