@@ -75,7 +75,7 @@ def aggregator(
         rows = jax.tree.map(row, _where(shared, task_gradients))
         gradient, new = aggregate(rows, state, present=present, losses=losses)
         new = base.keep_absent(present, new, state, lambda k: _specification(k, rows))
-        new = jax.tree.map(_in_dtype_of, new, state)
+        new = jax.tree.map(base.like, new, state)
         weights = scales if head_weights is None else scales * head_weights(new)
         weights = jnp.where(present, weights, 0)
 
@@ -101,8 +101,8 @@ def aggregator(
         if losses is None:
             raise base.missing("losses", name)
         losses = jnp.asarray(losses)
-        if base.check_losses(losses)[0] != present.shape[0]:
-            raise ValueError(f"losses must have shape {present.shape}; got {losses.shape}.")
+        base.check_losses(losses)
+        base.check_shape(losses, present.shape, "losses must have an entry per task.")
         return losses.astype(base.at_least_float32(losses.dtype))
 
     def _specification(count, rows):
@@ -153,8 +153,3 @@ def norms(rows: base.PyTree) -> jax.Array:
 def _where(shared, tree):
     """Returns the tree without its task-specific parts."""
     return jax.tree.map(lambda is_shared, p: p if is_shared else optax.MaskedNode(), shared, tree)
-
-
-def _in_dtype_of(new, old):
-    # JAX keys have no number's dtype to keep.
-    return new.astype(old.dtype) if jnp.issubdtype(old.dtype, jnp.number) else new
