@@ -37,9 +37,10 @@ def fields(method, state):
     leaves = jax.tree_util.tree_leaves_with_path(state)
     entries = []
     for axes, (path, leaf) in zip(axes_of_leaves, leaves):
-        name, leaf = jax.tree_util.keystr(path), np.asarray(leaf)
+        name = jax.tree_util.keystr(path)
         if not axes or ".present" in name or ".kept" in name:
             continue
+        leaf = np.asarray(leaf)
         present = np.ones(leaf.shape, bool)
         for axis in axes:
             present &= np.expand_dims(PRESENT, [a for a in range(leaf.ndim) if a != axis])

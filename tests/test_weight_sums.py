@@ -25,9 +25,13 @@ SUMS = {
     "gradnorm": K,
     "gradnorm-sum": K,
     "stch": 1 / K,
+    "krum": 1,
+    "modo": 1,
+    "sdmgrad": 1,
+    "sdmgrad-exact": 1,
 }
 # Documented to have weights of either sign.
-EITHER_SIGN = ("pbi", "cosmos")
+EITHER_SIGN = ("pbi", "cosmos", "aligned_mtl", "imtl_g", "config")
 WEIGHTED = [m for m in METHODS if "weights" in m.learns and m.name not in EITHER_SIGN]
 
 

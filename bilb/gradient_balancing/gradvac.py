@@ -132,6 +132,6 @@ def vaccinate(
             usual.at[tasks, others].set(seen),
         ), None
 
-    start = jnp.eye(num_tasks, dtype=matrix.dtype), matrix, usual
+    start = jnp.eye(num_tasks, dtype=matrix.dtype), matrix, usual.astype(matrix.dtype)
     (coefficients, _, usual), _ = jax.lax.scan(meet, start, orders.T)
     return coefficients.sum(axis=0), usual
