@@ -18,12 +18,27 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 import pytest
+from contract import Method
 
 TESTS = pathlib.Path(__file__).parent
 ORACLES = pathlib.Path(os.environ.get("BILB_ORACLES") or TESTS / "data")
 
 # The examples import their neighbours the way scripts do.
 sys.path.insert(0, str(TESTS.parent / "examples"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Keeps the tests of one method on one worker, so that they share its compiled programs."""
+    if getattr(config.option, "numprocesses", None):
+        config.option.dist = "loadgroup"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        method = getattr(item, "callspec", None) and item.callspec.params.get("method")
+        if isinstance(method, Method):
+            item.add_marker(pytest.mark.xdist_group(method.name))
 
 
 @pytest.hookimpl(wrapper=True)
