@@ -1,8 +1,11 @@
 """Aggregators against the recorded numbers of the official codes, in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import oracle, oracle_names, relative_deviation
 from contract import jit
@@ -123,3 +126,49 @@ def test_excess_mtl(name, method, hyperparameters):
     assert relative_deviation(scale * states.weights, arrays[f"{method}/w"]) < TOLERANCE
     if f"{method}/g" in arrays:
         assert relative_deviation(scale * gradients, arrays[f"{method}/g"]) < TOLERANCE
+
+
+def task_losses(params, x, y):
+    hidden = jnp.tanh(x @ params["trunk_w"].T + params["trunk_b"])
+    return jnp.mean((hidden @ params["head_w"].T + params["head_b"] - y) ** 2, axis=0)
+
+
+@pytest.mark.parametrize(
+    ("method", "make"),
+    [
+        ("DB_MTL_b0.9_s0", bilb.db_mtl),
+        ("DB_MTL_b0.5_s0.5", functools.partial(bilb.db_mtl, decay=0.5, sigma=0.5)),
+        ("MoCo_default", bilb.moco),
+        ("MoCo_rho0.5", functools.partial(bilb.moco, rho=0.5)),
+        ("ExcessMTL_s0.01", bilb.excess_mtl),
+    ],
+)
+@pytest.mark.parametrize("name", ["f3_traj_K3", "f3_traj_K5"])
+def test_trains_a_model_with_task_specific_heads_as_recorded(name, method, make):
+    arrays = oracle(name)
+    recorded = {key: arrays[f"libmtl.{method}/{key}"] for key in ("losses", "trunk_grad")}
+    leaves = ("trunk_w", "trunk_b", "head_w", "head_b")
+    params = {leaf: jnp.asarray(arrays[f"init_{leaf}"]) for leaf in leaves}
+    num_tasks, steps = arrays["Y"].shape[-1], len(recorded["losses"])
+    aggregator = make(num_tasks, shared={leaf: leaf.startswith("trunk") for leaf in leaves})
+    # LibMTL's ExcessMTL weights sum to K.
+    scale = num_tasks if method.startswith("Excess") else 1
+    optimizer = optax.chain(optax.scale(scale), optax.adam(float(arrays["model_lr"])))
+
+    def step(carry, batch):
+        params, state, opt_state = carry
+        losses, rows = bilb.task_gradients(task_losses, params, *batch)
+        gradient, state = aggregator.update(rows, state, params, losses=losses)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        trunk = scale * jnp.append(gradient["trunk_w"].ravel(), gradient["trunk_b"])
+        return (optax.apply_updates(params, updates), state, opt_state), (losses, trunk)
+
+    batches = jnp.asarray(arrays["X"][:steps]), jnp.asarray(arrays["Y"][:steps])
+    carry = params, aggregator.init(params), optimizer.init(params)
+    (params, _, _), (losses, trunk) = jit(lambda: jax.lax.scan(step, carry, batches))()
+    assert relative_deviation(losses, recorded["losses"]) < TOLERANCE
+    for leaf in leaves:
+        final = arrays[f"libmtl.{method}/final_{leaf}"]
+        assert relative_deviation(params[leaf], final) < TOLERANCE, leaf
+    picked = trunk[arrays[f"libmtl.{method}/trunk_grad_steps"]]
+    assert relative_deviation(picked, recorded["trunk_grad"]) < TOLERANCE
