@@ -237,12 +237,12 @@ class ValueAndGrad:
         return (losses, None if self.features is None else self.features(aux)), aux
 
     def _shapes(self, params, *args):
-        outputs = lambda: self._outputs(params, *args)
+        outputs = lambda params: self._outputs(params, *args)
         names = () if self.axis_name is None else self.axis_name
         # The mean over devices inside task_losses needs the axis; its size changes no shape.
         for name in (names,) if isinstance(names, str) else names:
-            outputs = jax.vmap(outputs, axis_name=name, axis_size=1, out_axes=None)
-        return jax.eval_shape(outputs)
+            outputs = jax.vmap(outputs, None, out_axes=None, axis_name=name, axis_size=1)
+        return jax.eval_shape(outputs, params)
 
     def _losses(self, params, *args):
         return self._outputs(params, *args)[0][0]
