@@ -295,7 +295,7 @@ class TestV1:
         chex.assert_tree_all_finite(after)
 
     @pytest.mark.x64
-    @pytest.mark.parametrize(("dtype", "size"), [("float32", 1e12), ("float64", 1e30)])
+    @pytest.mark.parametrize(("dtype", "size"), [("float32", 3e38), ("float64", 1e300)])
     def test_extreme_losses_stay_finite(self, dtype, size):
         extremes = jnp.array([0.0, 1 / size, 1.0, size], dtype)
         grid = jnp.stack([x.ravel() for x in jnp.meshgrid(extremes, extremes, extremes)], 1)
@@ -308,6 +308,20 @@ class TestV1:
         weights = pairs(lambda row, state: balancer.update(row, state)[1].weights)
         np.testing.assert_allclose(weights.sum(-1), 3.0, rtol=1e-6)
 
+    @pytest.mark.parametrize("sign", [1, -1])
+    def test_gaps_beyond_the_largest_number_count_as_it(self, sign):
+        """A softmax of infinite gaps would be inf - inf."""
+        balancer, update = compiled(igb_v1, 0, 1)
+        first = jnp.array([1e-9, 1.0, 1e-20, 1.0])
+        _, state = update(first, balancer.init(first))
+        large = jnp.array([3e38, 1.0, 1e35, 2.0])
+        _, new = update(sign * large, state)
+        expected = [2.0, 0.0, 2.0, 0.0] if sign > 0 else 4 * jax.nn.softmax(-large[1::2])
+        present = slice(None) if sign > 0 else slice(1, None, 2)
+        np.testing.assert_allclose(new.weights[present], expected, rtol=1e-6)
+        _, new = update(sign * jnp.full(K, 3e38), state._replace(base_losses=first[2:3].repeat(K)))
+        np.testing.assert_allclose(new.weights, 1.0, rtol=1e-6)
+
     def test_window_can_be_traced_and_injected(self):
         losses = random_losses(6)
         starts = jnp.array([0, 1, 2])
@@ -316,7 +330,7 @@ class TestV1:
         for i, start in enumerate((0, 1, 2)):
             single = jax.tree.map(lambda x, i=i: x[i], mapped)
             chex.assert_trees_all_close(single, run(start), rtol=1e-6)
-        injected = optax.inject_hyperparams(igb_v1, hyperparam_dtype=jnp.float32)(1, 2)
+        injected = optax.inject_hyperparams(igb_v1)(1, 2)
         state = injected.init(losses[0])
         for row in losses:
             balanced, state = injected.update(row, state)
@@ -435,6 +449,24 @@ class TestV2:
         np.testing.assert_allclose(state.buffer.transitions.rewards[1], gap, rtol=1e-5)
         assert state.base_losses[0] == losses[4, 0]
 
+    def test_the_loss_that_gives_a_task_its_base_gives_it_no_reward(self):
+        """Its last loss is a placeholder of 0, so that its gap would be -1 and the smallest."""
+        losses = jnp.array([9.0, 8.0, 7.0, 6.0])[:, None] + jnp.arange(K)
+        _, update = compiled(small)
+        state, _ = play(compiled(small), losses[:3], mask=jnp.arange(K) > 0)
+        assert state.base_counts[0] == 0
+        _, new = update(losses[3], state)
+        assert new.base_counts[0] == 1
+        gap = ((losses[2] - losses[3]) / state.base_losses)[1:].min()
+        assert gap > 0
+        np.testing.assert_allclose(new.buffer.transitions.rewards[0], gap, rtol=1e-5)
+
+    @pytest.mark.parametrize(("scale", "reward"), [(0.0, 0.0), (0.5, 1e6)])
+    def test_a_gap_beyond_the_largest_number_counts_as_it(self, scale, reward):
+        losses = jnp.array([1e-9, 1e-9, 1e-9, 3e38, 1.0])[:, None] * jnp.ones(K)
+        state, _ = play(compiled(small, reward_scale=scale), losses)
+        np.testing.assert_array_equal(state.buffer.transitions.rewards[:2], [-reward, reward])
+
     def test_nonfinite_losses(self):
         losses = random_losses(9)
         balancer, update = compiled(small)
@@ -490,9 +522,7 @@ class TestV2:
             "buffer_size": 20, "batch_size": 8, "hidden": (8,), "key": 0,
         }  # fmt: skip
         injected = optax.inject_hyperparams(
-            igb_v2,
-            static_args=("buffer_size", "batch_size", "key"),
-            hyperparam_dtype=jnp.float32,
+            igb_v2, static_args=("buffer_size", "batch_size", "key")
         )(1, 2, **arguments)
         step = lambda state, row: injected.update(row, state)[::-1]
         _, balanced = jax.lax.scan(step, injected.init(losses[0]), losses)

@@ -147,6 +147,29 @@ def test_dwa_temperature_may_be_a_schedule_and_reduction_the_mean():
     assert_close(balanced[5], expected * rows[5])
 
 
+@pytest.mark.parametrize(
+    ("make", "numbers"),
+    [
+        (bilb.linear_scalarization, lambda step: jnp.array([1.0, 2.0, 0.5]) * step),
+        (lambda mu: bilb.stch(mu), lambda step: 0.1 + step),
+        (lambda r: bilb.stch(preference=r), lambda step: 1.0 + step),
+        (lambda r: bilb.pbi(preference=r), lambda step: jnp.array([1.0, 2.0, 0.5]) ** step),
+        (lambda z: bilb.pbi(reference=z), lambda step: 0.1 * step),
+        (lambda r: bilb.cosmos(2.0, preference=r), lambda step: jnp.array([0.5, 0.2, 0.5]) + step),
+    ],
+    ids=["weights", "mu", "stch", "pbi", "reference", "cosmos"],
+)
+def test_schedules_are_those_of_the_step(make, numbers):
+    rows = np.random.default_rng(9).uniform(0.5, 2.0, (3, 3))
+    balanced, weights, state = run(make(numbers), rows)
+    assert state.step == 3
+    for step, row in enumerate(rows):
+        constant = make(numbers(step))
+        expected, expected_state = constant.update(row, constant.init(row))
+        assert_close(balanced[step], expected, atol=1e-6)
+        assert_close(weights[step], expected_state.weights, atol=1e-6)
+
+
 def test_learnt_variances_become_the_losses():
     rows = jnp.tile(jnp.array([4.0, 0.5, 30.0]), (3000, 1))
     _, weights, state = run(bilb.uncertainty_weighting(), rows)
@@ -248,6 +271,15 @@ def test_pbi_ends_on_the_ray_and_may_let_a_loss_rise():
     assert weights[0] > 0 > weights[1]
     _, (weights,), _ = run(bilb.pbi(0.0, preference=preference), [[5.0, 1.0]])
     assert_close(weights, preference / jnp.sqrt(10.0))
+
+
+@pytest.mark.parametrize("factory", [bilb.stch, bilb.pbi])
+def test_scalarisations_take_the_preference_of_the_call(factory):
+    losses, given = jnp.array([2.0, 0.5]), jnp.array([0.9, 0.1])
+    balancer, constant = factory(), factory(preference=given)
+    balanced, _ = balancer.update(losses, balancer.init(losses), preference=given)
+    expected, _ = constant.update(losses, constant.init(losses))
+    np.testing.assert_array_equal(balanced, expected)
 
 
 def test_cosmos_takes_the_preference_of_the_call():

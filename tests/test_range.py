@@ -22,6 +22,8 @@ POSITIVE = np.array(
 )
 SIGNED = np.concatenate([POSITIVE, POSITIVE * [1, -1, 1], POSITIVE * [0, -1, 1]])
 SIGNED = SIGNED.astype(np.float32)
+# So close that their differences, but not their multiples, are in the range.
+CLOSE = np.float32(3.3e38) - np.float32(1e36) * np.arange(6, dtype=np.float32)
 PREFERENCE = np.array([0.2, 2.7, 1.9])
 
 
@@ -89,6 +91,9 @@ def test_discrepancies_and_their_derivatives(name):
     single, double = in_both_precisions(function, SIGNED)
     with np.errstate(over="ignore"):
         expected = [np.asarray(x).astype(np.float32) for x in double]
+    (close, slope), wanted = function(CLOSE), function(CLOSE.astype(float))
+    np.testing.assert_allclose(close, wanted[0].astype(jnp.float32), rtol=1e-4)
+    np.testing.assert_allclose(slope, wanted[1], rtol=1e-4)
     # Squares below the smallest number are zero.
     np.testing.assert_allclose(single[0], expected[0], rtol=1e-5, atol=1e-37)
     scale = np.abs(expected[1]).max(1, keepdims=True)

@@ -103,6 +103,19 @@ def test_a_weight_exactly_at_a_bound_passes_its_whole_gradient():
     np.testing.assert_allclose(jacobian, derivative, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(("first", "moves"), [(1.0, True), (3.0, False)])
+def test_a_clipped_softmax_with_all_weights_outside_its_bounds_never_moves(first, moves):
+    """The documented trap; inside the bounds all logits move."""
+    router = routers.softmax(initial=jnp.array([first, -first]), clip=(0.1, 0.9))
+    balancer = bilb.bilb4mtl(0.1, router)
+    rows = example_losses(50, 2)
+    state, _ = jax.lax.scan(
+        lambda state, row: balancer.update(row, state)[::-1], balancer.init(rows[0]), rows
+    )
+    assert (state.router != jnp.array([first, -first])).all() == moves
+    assert (state.router != jnp.array([first, -first])).any() == moves
+
+
 def test_bounds_that_no_single_task_can_satisfy_are_taken_with_one_task():
     router = routers.softmax(clip=(0.2, 0.8))
     np.testing.assert_allclose(router.apply(router.init(1, jnp.float32), None), 0.8)

@@ -44,9 +44,9 @@ def softmax(initial: jax.Array | float = 0.0, clip: tuple[float, float] | None =
     """``softmax(W)``: weights that sum to one.
 
     Without ``clip`` minimising the weighted sum drives the weights onto the smallest loss. With it,
-    a weight outside the bounds passes no gradient, as in the official code; it moves only with the
-    logits of the others. Where all weights lie outside, none does, and the router never moves
-    again: initialise it inside.
+    a weight outside the bounds passes no gradient, as in the official code: its logit moves through
+    the other weights alone. Where all weights lie outside, the router never moves again:
+    initialise it inside.
 
     Args:
         initial: initial logits, one number or (K,).
