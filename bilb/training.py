@@ -217,7 +217,7 @@ class ValueAndGrad:
         like = lambda old, new: new.astype(old.dtype)
         next_state = ValueAndGradState(
             step=optax.safe_increment(state.step),
-            effective_weights=like(state.effective_weights, weights),
+            effective_weights=like(state.effective_weights, _of_all_devices(weights, state)),
             balancer=balancer,
             slopes=None if state.slopes is None else like(state.slopes, slopes_along(grads)),
             losses_after=state.losses_after,
@@ -474,6 +474,16 @@ def _with_heads(combined, weights, shared, heads, mask):
     ones = jnp.ones_like(weights)
     plain = combined(ones if mask is None else jnp.where(mask, ones, 0))
     return jax.tree.map(lambda is_shared, w, p: w if is_shared else p, shared, grads, plain)
+
+
+def _of_all_devices(weights, state):
+    """Sums the parts of the devices, where ``jax.shard_map`` knows what differs between them.
+
+    Behind :func:`bilb.pmean_losses` a device's own losses are a part of what is balanced.
+    """
+    varying = lambda array: jax.typeof(array).mat.varying
+    axes = varying(weights) - varying(state.effective_weights)
+    return jax.lax.psum(weights, tuple(axes)) if axes else weights
 
 
 def _depends_on_its_argument(function, argument):

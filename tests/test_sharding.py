@@ -61,7 +61,7 @@ def assert_same_step(actual):
     close(losses, expected_losses)
     close(gradient, expected_gradient)
     assert jnp.ptp(optax.tree.get(expected_state, "weights")) > 1e-3
-    for field in ("weights", "router", "initial_losses"):
+    for field in ("weights", "router", "initial_losses", "effective_weights"):
         close(optax.tree.get(state, field), optax.tree.get(expected_state, field))
 
 
