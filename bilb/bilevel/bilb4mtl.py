@@ -80,8 +80,7 @@ def bilb4mtl(
     Returns:
         A loss transformation whose state has the fields ``step``, ``router``, ``weights`` and
         ``opt_state``. With ``optax.inject_hyperparams`` the callable ``discrepancy`` is static:
-        ``optax.inject_hyperparams(bilb.bilb4mtl, static_args=("discrepancy",),
-        hyperparam_dtype=jnp.float32)(penalty=0.05)``.
+        ``optax.inject_hyperparams(bilb.bilb4mtl, static_args=("discrepancy",))(penalty=0.05)``.
 
     Raises:
         ValueError: for a negative concrete penalty or one that is not a scalar, an unknown divisor,

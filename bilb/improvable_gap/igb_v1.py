@@ -55,7 +55,8 @@ def igb_v1(
 
     Returns:
         A loss transformation whose state has the fields ``step``, ``base_losses`` (K,),
-        ``base_counts`` (K,) and ``weights`` (K,). No argument is static.
+        ``base_counts`` (K,) and ``weights`` (K,). No argument is static in
+        ``optax.inject_hyperparams``.
 
     Raises:
         ValueError: for concrete numbers with ``base_start`` < 0, ``base_steps`` < 1 or
