@@ -102,9 +102,17 @@ def takes_no_features(method):
     return "features" not in method.extra(jnp.ones(K))
 
 
+ALWAYS = ("bilb4mtl", "igb_v1", "marigold", "famo", "gradnorm", "mgda", "imtl_g")
+CHAINED = [
+    pytest.param(method, marks=() if method.name in ALWAYS else pytest.mark.slow)
+    for method in METHODS
+    if takes_no_features(method)
+]
+
+
 @pytest.mark.x64
 @pytest.mark.parametrize("front", FRONTS)
-@pytest.mark.parametrize("method", [m for m in METHODS if takes_no_features(m)], ids=str)
+@pytest.mark.parametrize("method", CHAINED, ids=str)
 def test_both_drivers_train_as_the_method_on_losses_transformed_by_hand(method, front):
     links = [link() for link in FRONTS[front][0]]
 

@@ -143,6 +143,7 @@ def test_jit_equals_eager_and_compiles_once(method):
     assert_close(train(transformation, method.step(transformation), losses), jitted)
 
 
+@pytest.mark.slow
 @every_method
 def test_a_thousand_steps_under_scan_and_vmap_trace_once_and_stay_finite(method):
     """Maps over losses, states, hyperparameters and seeds at once."""
@@ -174,6 +175,7 @@ def test_a_thousand_steps_under_scan_and_vmap_trace_once_and_stay_finite(method)
         assert_close(balanced[i, 1], alone, rtol=1e-4)
 
 
+@pytest.mark.slow
 @every_method
 @pytest.mark.parametrize("num_tasks", [1, 1000])
 def test_one_task_and_a_thousand(method, num_tasks):

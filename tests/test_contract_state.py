@@ -46,6 +46,7 @@ with_numbers = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @with_numbers
 def test_injected_hyperparameters_equal_the_direct_call(method):
     losses = example_losses(2, K)
