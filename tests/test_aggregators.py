@@ -51,11 +51,6 @@ ENTRIES = [
     Entry("graddrop", lambda num_tasks, **more: bilb.graddrop(key=3, **more), {"leak": 0.25}),
     Entry("trimmed_mean", lambda num_tasks, **more: bilb.trimmed_mean(int(num_tasks > 2), **more)),
     Entry("db_mtl", bilb.db_mtl, {"decay": 0.6, "sigma": 0.2}, ("log", "num_tasks")),
-    Entry(
-        "db_mtl-logs",
-        lambda num_tasks, **more: bilb.db_mtl(num_tasks, log=False, **more),
-        {"decay": 0.6},
-    ),
     Entry("moco", bilb.moco, {"beta": 0.4, "gamma": 0.2, "rho": 0.1}, ("normalize", "num_tasks")),
     Entry(
         "moco-paper",
