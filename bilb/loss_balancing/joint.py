@@ -71,7 +71,7 @@ def direction(vector: jax.Array) -> jax.Array:
 
 
 def in_units_of(size: jax.Array, vector: jax.Array) -> jax.Array:
-    """Returns ``v / size``, also where the reciprocal of the size, which XLA takes, is subnormal."""
+    """Returns ``v / size``, also where the reciprocal that XLA takes of the size is subnormal."""
     shrink = jnp.where(size > 1, 2.0**-10, 1.0).astype(vector.dtype)
     return (vector * shrink) / (size * shrink)
 
