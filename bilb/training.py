@@ -368,9 +368,13 @@ def aggregate_by(
     computes from the gradients: ``gram``, ``gradient_norms``, ``slope_fn``, and the ``slopes`` of
     the previous call's step; ``losses_after`` and a mask go to ``update`` as keywords. The
     parameters are those of :func:`value_and_grad`, to rounding, unless a router reads features,
-    through which no gradient flows here. Use it where the task gradients exist anyway. Wrappers
-    that look at updates, such as ``optax.clip_by_global_norm`` or ``optax.MultiSteps``, go after
-    it.
+    through which no gradient flows here. Use it where the task gradients exist anyway.
+
+    Give it the whole tree, with ``shared`` and ``heads`` for what is task-specific, or
+    ``optax.partition`` with a static tree of labels whose groups each begin with one.
+    ``optax.masked`` would leave the other leaves stacked, and ``optax.apply_updates`` would then
+    broadcast their parameters to (K, ...). Wrappers that look at updates, such as
+    ``optax.clip_by_global_norm``, ``optax.MultiSteps`` and ``optax.apply_if_finite``, go behind it.
 
     The gradient of a task that is absent, or whose weight is 0, is left out, NaN included.
 
