@@ -22,6 +22,10 @@ def imtl_g(*, decay: base.Scalar = 0.0) -> optax.GradientTransformationExtraArgs
     :func:`bilb.aggregate_by` supply. The weights sum to 1; they may be negative. Its loss part is
     :func:`bilb.imtl_l`; for both together, ``bilb.chain(bilb.imtl_l(), bilb.imtl_g())``.
 
+    Nothing keeps the sum of ``G⁻¹ d`` positive beyond two tasks. Where it is negative the common
+    projection is negative as well, and the step ascends for all tasks, in the official code, too:
+    :func:`bilb.config` finds the same direction with the right sign.
+
     Where task gradients are linearly dependent (their cosines have an eigenvalue below K machine
     epsilons of the largest), the pseudo-inverse of G takes the place of the inverse, as in TorchJD,
     and projections are equal in the sense of least squares only. A task whose gradient is zero has
