@@ -171,7 +171,7 @@ def solver_seconds(method: optax.GradientTransformation, num_tasks: int, repeats
 
 def ratio_table(measured: dict[tuple[str, int, int], tuple[float, float]]) -> str:
     """Returns a row for every method: their time over ours at every size."""
-    sizes = sorted({size for _, *size in measured})
+    sizes = sorted({(k, p) for _, k, p in measured})
     heads = [f"K={k}, P={p:.0e}".replace("e+0", "e") for k, p in sizes]
     lines = ["| method | solved on the host | " + " | ".join(heads) + " |"]
     lines.append("|" + "---|" * (len(heads) + 2))
@@ -191,7 +191,10 @@ def main(options: Options) -> None:
         for p in options.num_params:
             for name in options.methods:
                 measured[name, k, p] = our, their = compare(ENTRIES[name], k, p, options)
-                print(f"{name:13s} K={k:<3d} P={p:<7d} {their / our:8.1f} x", flush=True)
+                print(
+                    f"{name:13s} K={k:<3d} P={p:<7d} {their / our:8.1f} x  ({our * 1e3:.2f} ms)",
+                    flush=True,
+                )
     if measured:
         texts.append("TorchJD's time over ours (ours):\n\n" + ratio_table(measured))
     if options.scale:
