@@ -15,13 +15,11 @@ columns give the scale: how far the exact weights are from those of the batch's 
 (mini-batch noise), and from equal weights. GradNorm reads norms and has no decay of its own: the
 row "none" gives it each step's norms, as the library does, the other rows those of running means.
 
-What was seen for K = 3 and 40: call a sketch good enough where the distance is at most 0.1. With
-one probe and decay .99 that holds for all four methods at K = 3, and for Nash-MTL (.08) and GradNorm
-at K = 40; MGDA just misses it (.11) and has it with four probes or decay .999. IMTL-G, which solves
-a linear system, needs decay .999 and four probes, or .99 and sixteen. Decay .9 with one probe is
-enough for GradNorm, and at K = 3 for MGDA and Nash-MTL. GradNorm averages by itself: .07 without any
-decay. But for IMTL-G at decay .9 the sketch moves weights about as much as mini-batch noise does, or
-less. One training run, one seed.
+What was seen for K = 3 and 40, in one run each: call a sketch good enough where the distance is at
+most 0.1. With one probe and decay .99 that holds for all four methods at K = 3, and for Nash-MTL
+(.08) and GradNorm at K = 40; MGDA just misses it there (.11) and has it with four probes or decay
+.999. IMTL-G, which solves a linear system, needs decay .999 and four probes, or .99 and sixteen.
+GradNorm averages by itself: .07 at most without any decay.
 
     pip install 'bilb[bench]'
     python benchmarks/gram_sketch.py
