@@ -194,7 +194,7 @@ def loss_transformation(
         del params
         num_tasks, loss_dtype = check_losses(losses)
         dtype = at_least_float32(loss_dtype)
-        _check_state(state, specification(num_tasks, dtype), num_tasks)
+        check_state(state, specification(num_tasks, dtype), num_tasks)
         for needed in (*reads, *required):
             if extra.get(needed) is None:
                 raise missing(needed, name)
@@ -644,7 +644,8 @@ def check_mask(mask: Any, num_tasks: int) -> Array:
     return mask
 
 
-def _check_state(state: PyTree, expected: PyTree, num_tasks: int) -> None:
+def check_state(state: PyTree, expected: PyTree, num_tasks: int) -> None:
+    """Raises ValueError for a state of another structure, or of another number of tasks."""
     if jax.tree.structure(state) != jax.tree.structure(expected):
         raise ValueError(
             "the state does not belong to this transformation: expected the structure "

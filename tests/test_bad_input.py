@@ -80,7 +80,7 @@ def test_masks_that_are_no_vector_of_bools(method, mask, message):
 def test_a_missing_argument_is_named_with_its_remedy(method):
     transformation = method.make(K)
     losses = jnp.ones(K)
-    (name,) = method.extra(losses)
+    (name,) = method.keywords(method.extra(losses))
     with pytest.raises(bilb.MissingArgument, match=rf"`{name}`: \w+") as caught:
         jax.eval_shape(lambda: transformation.update(losses, transformation.init(losses)))
     assert caught.value.argument == name

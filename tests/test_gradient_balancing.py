@@ -333,7 +333,7 @@ def test_special_gradients_have_finite_answers(name):
         (lambda: bilb.cr_mogm(bilb.mgda(), 2.0), "alpha must be >= 0 and <= 1"),
         (lambda: bilb.pcgrad(decay=1.0), "decay must be < 1"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_hyperparameters_outside_their_range(make, message):
     with pytest.raises(ValueError, match=message):

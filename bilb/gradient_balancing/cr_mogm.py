@@ -84,6 +84,7 @@ def cr_mogm(
     def update_fn(losses, /, state, params=None, *, mask=None, **extra):
         num_tasks, loss_dtype = base.check_losses(losses)
         losses = jnp.asarray(losses, base.at_least_float32(loss_dtype))
+        base.check_state(state, jax.eval_shape(init_fn, losses), num_tasks)
         if mask is not None:
             mask = base.check_mask(mask, num_tasks)
             extra["mask"] = mask
