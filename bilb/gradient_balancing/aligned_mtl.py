@@ -48,12 +48,12 @@ def aligned_mtl(
         MissingArgument: for a call without ``gram``.
 
     Example:
-        >>> import jax.numpy as jnp, bilb
+        >>> import jax.numpy as jnp, numpy as np, bilb
         >>> balancer = bilb.aligned_mtl()
         >>> losses = jnp.array([1.0, 1.0])
         >>> gram = jnp.array([[4.0, 0.0], [0.0, 1.0]])
         >>> balanced, state = balancer.update(losses, balancer.init(losses), gram=gram)
-        >>> print(balanced.round(3))
+        >>> print(np.asarray(balanced).round(3))
         [0.25 0.5 ]
 
     References:

@@ -53,13 +53,13 @@ def cr_mogm(
             shape.
 
     Example:
-        >>> import jax.numpy as jnp, bilb
+        >>> import jax.numpy as jnp, numpy as np, bilb
         >>> balancer = bilb.cr_mogm(bilb.mgda(), alpha=0.5)
         >>> losses = jnp.array([1.0, 1.0])
         >>> state = balancer.init(losses)
         >>> _, state = balancer.update(losses, state, gram=jnp.diag(jnp.array([3.0, 1.0])))
         >>> balanced, state = balancer.update(losses, state, gram=jnp.eye(2))
-        >>> print(balanced.round(3))
+        >>> print(np.asarray(balanced).round(3))
         [0.375 0.625]
 
     References:

@@ -53,12 +53,12 @@ def dualproj(
         MissingArgument: for a call without ``gram``.
 
     Example:
-        >>> import jax.numpy as jnp, bilb
+        >>> import jax.numpy as jnp, numpy as np, bilb
         >>> balancer = bilb.dualproj(reg_eps=0.0)
         >>> losses = jnp.array([1.0, 1.0])
         >>> gram = jnp.array([[4.0, -1.5], [-1.5, 1.0]])
         >>> balanced, state = balancer.update(losses, balancer.init(losses), gram=gram)
-        >>> print(state.weights.round(2))
+        >>> print(np.asarray(state.weights).round(2))
         [0.5  0.75]
 
     References:

@@ -45,12 +45,12 @@ def fairgrad(
         MissingArgument: for a call without ``gram``.
 
     Example:
-        >>> import jax.numpy as jnp, bilb
+        >>> import jax.numpy as jnp, numpy as np, bilb
         >>> balancer = bilb.fairgrad(alpha=2.0)
         >>> losses = jnp.array([1.0, 1.0])
         >>> gram = jnp.array([[4.0, 0.0], [0.0, 1.0]])
         >>> balanced, state = balancer.update(losses, balancer.init(losses), gram=gram)
-        >>> print(state.weights.round(3))
+        >>> print(np.asarray(state.weights).round(3))
         [0.397 1.   ]
 
     References:

@@ -49,12 +49,12 @@ def nash_mtl(
         MissingArgument: for a call without ``gram``.
 
     Example:
-        >>> import jax.numpy as jnp, bilb
+        >>> import jax.numpy as jnp, numpy as np, bilb
         >>> balancer = bilb.nash_mtl()
         >>> losses = jnp.array([1.0, 1.0])
         >>> gram = jnp.array([[4.0, -1.0], [-1.0, 1.0]])
         >>> balanced, state = balancer.update(losses, balancer.init(losses), gram=gram)
-        >>> print(state.weights.round(3))
+        >>> print(np.asarray(state.weights).round(3))
         [0.707 1.414]
 
     References:

@@ -66,12 +66,12 @@ def pcd(
         MissingArgument: for a call without ``gram``.
 
     Example:
-        >>> import jax.numpy as jnp, bilb
+        >>> import jax.numpy as jnp, numpy as np, bilb
         >>> balancer = bilb.pcd(tau=0.5)
         >>> losses = jnp.array([1.0, 1.0])
         >>> gram = jnp.array([[1.0, 0.0], [0.0, 1.0]])
         >>> balanced, state = balancer.update(losses, balancer.init(losses), gram=gram)
-        >>> print(balanced.round(3))
+        >>> print(np.asarray(balanced).round(3))
         [0.894 0.447]
 
     References:

@@ -61,12 +61,12 @@ def sdmgrad(
         MissingArgument: for a call without ``gram``.
 
     Example:
-        >>> import jax.numpy as jnp, bilb
+        >>> import jax.numpy as jnp, numpy as np, bilb
         >>> balancer = bilb.sdmgrad(0.25, steps=None)
         >>> losses = jnp.array([1.0, 1.0])
         >>> gram = jnp.array([[4.0, 0.0], [0.0, 1.0]])
         >>> balanced, state = balancer.update(losses, balancer.init(losses), gram=gram)
-        >>> print(balanced.round(3), state.memory.round(3))
+        >>> print(np.asarray(balanced).round(3), np.asarray(state.memory).round(3))
         [0.2 0.8] [0.125 0.875]
 
     References:

@@ -54,12 +54,12 @@ def upgrad(
         MissingArgument: for a call without ``gram``.
 
     Example:
-        >>> import jax.numpy as jnp, bilb
+        >>> import jax.numpy as jnp, numpy as np, bilb
         >>> balancer = bilb.upgrad()
         >>> losses = jnp.array([1.0, 1.0])
         >>> gram = jnp.array([[4.0, -1.0], [-1.0, 1.0]])
         >>> balanced, state = balancer.update(losses, balancer.init(losses), gram=gram)
-        >>> print(state.weights.round(3))
+        >>> print(np.asarray(state.weights).round(3))
         [0.625 1.   ]
 
     References:
