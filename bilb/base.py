@@ -206,10 +206,10 @@ def loss_transformation(
                 raise TypeError(f"{name} takes no mask: give its update the keyword `mask`.")
         lagged = [read for read in reads if ABOUT_LOSSES[read].lagged]
         current = [read for read in reads if read not in lagged]
-        mask, given = _read(current, extra, mask, num_tasks, dtype)
+        mask, given = read_arguments(current, extra, mask, num_tasks, dtype)
         if lagged:
             told = getattr(state, "present", mask)
-            taught, of_last_step = _read(lagged, extra, told, num_tasks, dtype)
+            taught, of_last_step = read_arguments(lagged, extra, told, num_tasks, dtype)
             if hasattr(state, "step"):
                 taught &= state.step > 0
             given |= {**of_last_step, "taught": taught}
@@ -254,10 +254,13 @@ def refuse(extra: dict[str, Any], method: str, reads: tuple[str, ...] = ()) -> N
             )
 
 
-def _read(
+def read_arguments(
     names: list[str], extra: dict[str, Any], mask: Array | None, num_tasks: int, dtype: np.dtype
 ) -> tuple[Array | None, dict[str, Any]]:
-    """Returns the tasks that are present with finite entries, and the arguments without others."""
+    """Returns the tasks that are present with finite entries, and the arguments without others.
+
+    The former are None where neither a mask nor an array says anything.
+    """
     arrays = [name for name in names if ABOUT_LOSSES[name].axes]
     values = {name: jax.lax.stop_gradient(jnp.asarray(extra[name], dtype)) for name in arrays}
     for name, value in values.items():

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilb.gradient_balancing import solvers
+from bilb.gradient_balancing import algebra, solvers
 
 Array = jax.Array
 
@@ -191,12 +191,7 @@ def cosine_matrix(gram: Any) -> Array:
     References:
         Yu et al., arXiv 2001.06782, definition 1.
     """
-    gram = _check_gram(gram)
-    squared = jnp.diagonal(gram, axis1=-2, axis2=-1)
-    present = squared > 0
-    norms = jnp.sqrt(jnp.where(present, squared, 1.0))
-    cosines = gram / norms[..., :, None] / norms[..., None, :]
-    cosines = jnp.where(present[..., :, None] & present[..., None, :], cosines, 0.0)
+    _, cosines = algebra.cosines(_check_gram(gram))
     return jnp.clip(cosines, -1.0, 1.0)
 
 

@@ -420,18 +420,20 @@ def aggregate_by(
     def update_fn(task_gradients, state, params=None, *, losses=None, **extra):
         jacobian.check_task_gradients(task_gradients, params, num_tasks)
         shared_rows = _shared(task_gradients, shared)
-        gram = functools.cache(lambda: gram_engines.of_rows(shared_rows))
+        take_gram = lambda: gram_engines.of_rows(shared_rows)
         given = dict(extra)
         if state.slopes is not None:
             given["slopes"] = state.slopes
-        supply = {
-            "slope_fn": lambda: functools.partial(jnp.matmul, gram(), precision="highest"),
-            "gram": gram,
-            "gram_fn": lambda: lambda: gram_engines.of_rows(shared_rows),
-            "gradient_norms": lambda: jnp.sqrt(jnp.diagonal(gram())),
-        }
 
         def weigh(losses):
+            gram = functools.cache(take_gram)
+            supply = {
+                "slope_fn": lambda: functools.partial(jnp.matmul, gram(), precision="highest"),
+                "gram": gram,
+                "gram_fn": lambda: take_gram,
+                "gradient_norms": lambda: jnp.sqrt(jnp.diagonal(gram())),
+            }
+
             def of(given):
                 def objective(losses):
                     balanced, new = balancer.update(losses, state.balancer, **given)
@@ -444,9 +446,7 @@ def aggregate_by(
         dtype = state.effective_weights.dtype
         if losses is None:
             losses = jnp.ones(num_tasks, dtype)
-            depends = _depends_on_its_argument(weigh, losses)
-            gram.cache_clear()  # what was taken inside of that trace cannot leave it
-            if depends:
+            if _depends_on_its_argument(weigh, losses):
                 raise base.MissingArgument(
                     "losses",
                     "aggregate_by",

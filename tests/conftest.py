@@ -5,6 +5,7 @@ folder, they come from there instead, and none of them may be missing.
 """
 
 import functools
+import itertools
 import os
 import pathlib
 import sys
@@ -15,10 +16,14 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
 from contract import Method
+
+hypothesis.settings.register_profile("same examples", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("same examples")
 
 TESTS = pathlib.Path(__file__).parent
 ORACLES = pathlib.Path(os.environ.get("BILB_ORACLES") or TESTS / "data")
@@ -34,16 +39,28 @@ def pytest_cmdline_main(config):
         config.option.dist = "loadgroup"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
         method = getattr(item, "callspec", None) and item.callspec.params.get("method")
         if isinstance(method, Method):
             item.add_marker(pytest.mark.xdist_group(method.name))
+            if method.kin:
+                item.add_marker(pytest.mark.slow)
+
+
+_tests_run = itertools.count(1)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """Runs a test marked ``x64``, all its fixtures included, in float64."""
+    """Runs a test marked ``x64``, all its fixtures included, in float64.
+
+    Now and then it drops what was compiled: beyond some thousand programs JAX keeps no more, and
+    nothing compiled later could be counted.
+    """
+    if next(_tests_run) % 300 == 0:
+        jax.clear_caches()
     if item.get_closest_marker("x64") is None:
         return (yield)
     with jax.enable_x64(True):

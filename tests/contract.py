@@ -43,6 +43,7 @@ class Method:
         sparse: weights may be exactly zero.
         learns: per-task fields of the state that move over generic losses.
         shared: fields of the state that tasks share although they have an axis of length K.
+        kin: the entry whose code it shares but for the formula; the table's tests of it are slow.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Method:
     sparse: bool = False
     learns: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
+    kin: str | None = None
 
     def __str__(self):
         return self.name

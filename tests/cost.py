@@ -10,6 +10,7 @@ import math
 import re
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import optax
 
@@ -50,6 +51,24 @@ def measure(function, *args):
         matrix_products=len(_MATRIX_PRODUCT.findall(text)),
         all_reduces=tuple(_bytes(result) for result in _ALL_REDUCE.findall(text)),
     )
+
+
+def product_flops(jaxpr):
+    """Returns the flops of matrix products and convolutions, loops counted in full."""
+    total = 0
+    for equation in jaxpr.eqns:
+        params = equation.params
+        shapes = [getattr(v.aval, "shape", ()) for v in (*equation.invars, *equation.outvars)]
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            total += 2 * math.prod(shapes[-1]) * math.prod(shapes[0][i] for i in contracted)
+        elif equation.primitive.name == "conv_general_dilated":
+            kernel = params["dimension_numbers"].rhs_spec[1:]
+            total += 2 * math.prod(shapes[-1]) * math.prod(shapes[1][i] for i in kernel)
+        times = params["length"] if equation.primitive.name == "scan" else 1
+        inner = jax.extend.core.jaxprs_in_params(params)
+        total += times * sum(product_flops(jaxpr) for jaxpr in inner)
+    return total
 
 
 def _bytes(result_type):

@@ -151,6 +151,21 @@ def gram(losses):
     return {"gram": lengths[:, None] * cosines * lengths}
 
 
+def slope_function(arrays):
+    """Returns the slopes along any weights; a task of weight 0 takes no part, whatever its row."""
+    return {"slope_fn": lambda weights: jnp.where(weights == 0, 0.0, arrays["gram"]) @ weights}
+
+
+def gram_method(name, factory, numeric=None, **fields):
+    """Returns the entry of a method that reads the Gram matrix, here a running mean of it."""
+    return Method(
+        name,
+        factory,
+        {**(numeric or {}), "decay": 0.3},
+        **{"extra": gram, "phi": weighted_sum, "learns": ("weights", "mean"), **fields},
+    )
+
+
 class ThrowAwayState(NamedTuple):
     step: jax.Array
     weights: jax.Array  # (K,)
@@ -200,6 +215,7 @@ METHODS = [
         bilb.scale_by_initial_ratio,
         values=over_initial_ratio,
         learns=("initial_losses",),
+        kin="scale_by_initial_loss",
     ),
     Method(
         "log_losses", bilb.log_losses, {"floor": 1e-8}, values=lambda losses, _: jnp.log(losses)
@@ -219,6 +235,7 @@ METHODS = [
         "adjacent_mean",
         extra=features,
         shared=("router", "opt_state"),
+        kin="bilb4mtl",
     ),
     bilevel(
         "bilb4mtl-relu_sigmoid",
@@ -232,12 +249,14 @@ METHODS = [
         guarded,
         values=lambda losses, state: over_initial_loss(jnp.log(losses), state),
         learns=initial_and_router,
+        kin="bilb4mtl",
     ),
     bilevel(
         "bilb4mtl_cityscapes",
         bilb.presets.bilb4mtl_cityscapes,
         phi=bilevel_objective(weighted=False),
         **preset_of_features,
+        kin="bilb4mtl-softmax",
     ),
     bilevel(
         "bilb4mtl_nyuv2",
@@ -246,6 +265,7 @@ METHODS = [
         phi=bilevel_objective(divisor="sum"),
         learns=initial_and_router,
         **preset_of_features,
+        kin="bilb4mtl-softmax",
     ),
     bilevel(
         "bilb4mtl_celeba",
@@ -259,6 +279,7 @@ METHODS = [
         values=log_over_initial_loss,
         phi=bilevel_objective(divisor="sum"),
         learns=initial_and_router,
+        kin="bilb4mtl_celeba",
     ),
     Method(
         "marigold",
@@ -276,9 +297,10 @@ METHODS = [
         {"lower": "cagrad", "inner_steps": 2},
         static_args=("inner_steps",),
         extra=gram,
-        keywords=lambda arrays: {"slope_fn": lambda weights: arrays["gram"] @ weights},
+        keywords=slope_function,
         phi=weighted_sum,
         learns=("point", "weights", "opt_state"),
+        kin="marigold",
     ),
     Method(
         "igb_v1-marigold",
@@ -287,6 +309,7 @@ METHODS = [
         extra=slopes,
         phi=None,
         learns=("point", "opt_state"),
+        kin="marigold",
     ),
     Method(
         "famo",
@@ -305,6 +328,7 @@ METHODS = [
         values=lambda losses, state: losses / state.links[0].initial_losses + 1e-8,
         phi=famo_objective,
         learns=("logits", "weights", "opt_state"),
+        kin="famo",
     ),
     Method(
         "rlw",
@@ -321,6 +345,7 @@ METHODS = [
         phi=weighted_sum,
         equivariant=False,
         learns=("weights",),
+        kin="rlw",
     ),
     Method(
         "dwa",
@@ -338,6 +363,7 @@ METHODS = [
         static_args=("window", "sliding"),
         phi=weighted_sum,
         learns=("weights", "recent_losses"),
+        kin="dwa",
     ),
     Method(
         "uncertainty_weighting",
@@ -375,6 +401,7 @@ METHODS = [
         values=lambda losses, state: jnp.log(losses / state.nadir),
         phi=lambda values, _: 0.5 * values.size * jax.nn.logsumexp(values / 0.5),
         learns=("weights", "nadir", "count"),
+        kin="stch",
     ),
     Method(
         "pbi",
@@ -411,6 +438,7 @@ METHODS = [
         extra=norms,
         phi=weighted_sum,
         learns=("weights", "scales", "initial_losses", "count", "opt_state"),
+        kin="gradnorm",
     ),
     Method(
         "log-gradnorm",
@@ -420,6 +448,7 @@ METHODS = [
         values=lambda losses, _: jnp.log(losses),
         phi=weighted_sum,
         learns=("weights", "scales", "opt_state"),
+        kin="gradnorm",
     ),
     Method(
         "throw_away",
@@ -462,149 +491,62 @@ METHODS = [
         learns=("base_losses", "last_losses", "weights"),
         shared=("agent", "buffer"),
     ),
-    Method(
-        "mgda",
-        bilb.mgda,
-        {"decay": 0.3},
-        extra=gram,
-        phi=weighted_sum,
-        sparse=True,
-        learns=("weights", "mean"),
-    ),
-    Method(
-        "upgrad",
-        bilb.upgrad,
-        {"reg_eps": 1e-4, "norm_eps": 1e-4, "preference": 0.5, "decay": 0.3},
-        extra=gram,
-        phi=weighted_sum,
-        learns=("weights", "mean"),
-    ),
-    Method(
+    gram_method("mgda", bilb.mgda, sparse=True),
+    gram_method("upgrad", bilb.upgrad, {"reg_eps": 1e-4, "norm_eps": 1e-4, "preference": 0.5}),
+    gram_method(
         "dualproj",
         bilb.dualproj,
-        {"reg_eps": 1e-4, "norm_eps": 1e-4, "preference": 0.5, "decay": 0.3},
-        extra=gram,
-        phi=weighted_sum,
-        learns=("weights", "mean"),
+        {"reg_eps": 1e-4, "norm_eps": 1e-4, "preference": 0.5},
+        kin="upgrad",
     ),
-    Method(
-        "cagrad",
-        bilb.cagrad,
-        {"c": 0.4, "decay": 0.3},
-        static_args=("rescale",),
-        extra=gram,
-        phi=weighted_sum,
-        learns=("weights", "mean"),
-    ),
-    Method(
-        "nash_mtl",
-        bilb.nash_mtl,
-        {"max_norm": 1.0, "decay": 0.3},
-        static_args=("every",),
-        extra=gram,
-        phi=weighted_sum,
-        learns=("weights", "mean"),
-    ),
-    Method(
-        "fairgrad",
-        bilb.fairgrad,
-        {"alpha": 2.0, "decay": 0.3},
-        extra=gram,
-        phi=weighted_sum,
-        learns=("weights", "mean"),
-    ),
-    Method(
-        "pcgrad",
-        bilb.pcgrad,
-        {"decay": 0.3},
-        {"key": 7},
-        extra=gram,
-        phi=weighted_sum,
-        equivariant=False,
-        learns=("weights", "mean"),
-    ),
-    Method(
+    gram_method("cagrad", bilb.cagrad, {"c": 0.4}, static_args=("rescale",)),
+    gram_method("nash_mtl", bilb.nash_mtl, {"max_norm": 1.0}, static_args=("every",)),
+    gram_method("fairgrad", bilb.fairgrad, {"alpha": 2.0}, kin="nash_mtl"),
+    gram_method("pcgrad", bilb.pcgrad, arguments={"key": 7}, equivariant=False),
+    gram_method(
         "gradvac",
         bilb.gradvac,
-        {"beta": 0.3, "eps": 1e-8, "decay": 0.3},
-        {"key": 7},
-        extra=gram,
-        phi=weighted_sum,
+        {"beta": 0.3, "eps": 1e-8},
+        arguments={"key": 7},
         equivariant=False,
-        learns=("weights", "mean"),
+        kin="pcgrad",
     ),
-    Method(
-        "aligned_mtl",
-        bilb.aligned_mtl,
-        {"preference": 0.5, "decay": 0.3},
-        extra=gram,
-        phi=weighted_sum,
-        learns=("weights", "mean"),
-    ),
-    Method(
-        "imtl_g",
-        bilb.imtl_g,
-        {"decay": 0.3},
-        extra=gram,
-        phi=weighted_sum,
-        learns=("weights", "mean"),
-    ),
-    Method(
-        "config",
-        bilb.config,
-        {"preference": 0.5, "decay": 0.3},
-        extra=gram,
-        phi=weighted_sum,
-        learns=("weights", "mean"),
-    ),
-    Method(
-        "krum",
-        bilb.krum,
-        {"num_byzantine": 1, "num_selected": 2, "decay": 0.3},
-        extra=gram,
-        phi=weighted_sum,
-        sparse=True,
-        learns=("weights", "mean"),
-    ),
-    Method(
+    gram_method("aligned_mtl", bilb.aligned_mtl, {"preference": 0.5}),
+    gram_method("imtl_g", bilb.imtl_g),
+    gram_method("config", bilb.config, {"preference": 0.5}, kin="aligned_mtl"),
+    gram_method("krum", bilb.krum, {"num_byzantine": 1, "num_selected": 2}, sparse=True),
+    gram_method(
         "pcd",
         bilb.pcd,
-        {"tau": 0.3, "beta": 0.3, "eps": 1e-8, "decay": 0.3},
+        {"tau": 0.3, "beta": 0.3, "eps": 1e-8},
         static_args=("primary",),
-        extra=gram,
-        phi=weighted_sum,
         equivariant=False,
         sparse=True,
-        learns=("weights", "mean", "squared_norms", "total"),
+        learns=("weights", "mean", "memory"),
     ),
-    Method(
+    gram_method(
         "modo",
         bilb.modo,
-        {"gamma": 0.01, "rho": 0.1, "decay": 0.3},
-        extra=gram,
-        phi=weighted_sum,
+        {"gamma": 0.01, "rho": 0.1},
         learns=("weights", "mean", "memory"),
     ),
-    Method(
+    gram_method(
         "sdmgrad",
         bilb.sdmgrad,
-        {"lamb": 0.3, "learning_rate": 0.5, "momentum": 0.3, "eps": 1e-8, "decay": 0.3},
+        {"lamb": 0.3, "learning_rate": 0.5, "momentum": 0.3, "eps": 1e-8},
         static_args=("steps",),
-        extra=gram,
-        phi=weighted_sum,
         sparse=True,
         learns=("weights", "mean", "memory"),
     ),
-    Method(
+    gram_method(
         "sdmgrad-exact",
         bilb.sdmgrad,
-        {"lamb": 0.3, "decay": 0.3},
-        {"steps": None},
+        {"lamb": 0.3},
+        arguments={"steps": None},
         static_args=("steps",),
-        extra=gram,
-        phi=weighted_sum,
         sparse=True,
         learns=("weights", "mean", "memory"),
+        kin="sdmgrad",
     ),
     Method(
         "cr_mogm",
@@ -620,6 +562,7 @@ METHODS = [
         extra=gram,
         phi=None,
         learns=("started",),
+        kin="cr_mogm",
     ),
     Method(
         "igb_v1-mgda",
@@ -627,5 +570,6 @@ METHODS = [
         extra=gram,
         phi=None,
         sparse=True,
+        kin="mgda",
     ),
 ]

@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from contract import jit
 
 import bilb
@@ -148,6 +149,7 @@ DOCUMENTED = {
 }
 
 
+@pytest.mark.slow
 def test_no_cell_but_documented_ones_is_other_than_ok():
     text, cells = table()
     print(f"\n{text}")

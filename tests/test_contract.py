@@ -241,7 +241,7 @@ def vectors(dtype, exponent):
 
 
 @every_method
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(losses=st.tuples(*[vectors(np.float32, 12)] * 2))
 def test_finite_losses_stay_finite_in_float32(method, losses):
     transformation, update = compiled(method, K)
@@ -252,7 +252,7 @@ def test_finite_losses_stay_finite_in_float32(method, losses):
 
 @pytest.mark.x64
 @every_method
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(losses=st.tuples(*[vectors(np.float64, 30)] * 2))
 def test_finite_losses_stay_finite_in_float64(method, losses):
     transformation, function = compiled_jacobian(method)

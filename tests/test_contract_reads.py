@@ -22,9 +22,9 @@ READERS = [m for m in METHODS if m.about_losses(K)]
 every_reader = pytest.mark.parametrize("method", READERS, ids=str, scope="module")
 
 
-def reads(method):
-    """Returns the names of the arrays about the losses that a method reads as they are."""
-    return [name for name in method.about_losses(K) if name in method.extra(jnp.ones(K))]
+ONLY_FUNCTIONS = [m for m in READERS if "slope_fn" in m.keywords(m.extra(jnp.ones(K)))]
+READS_ARRAYS = [m for m in READERS if m not in ONLY_FUNCTIONS]
+every_array = pytest.mark.parametrize("method", READS_ARRAYS, ids=str, scope="module")
 
 
 def without_previous(state):
@@ -37,7 +37,7 @@ def without_previous(state):
 
 
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
-@pytest.mark.parametrize("method", [m for m in READERS if reads(m)], ids=str, scope="module")
+@every_array
 def test_an_entry_that_is_not_finite_is_an_absent_task(method, value):
     transformation, update = compiled(method, K)
     state, losses = warm(method, K)
@@ -46,7 +46,7 @@ def test_an_entry_that_is_not_finite_is_an_absent_task(method, value):
     assert_finite(actual)
     if isinstance(transformation, Chain) and len(transformation.links) > 1:
         return
-    if any(base.ABOUT_LOSSES[name].lagged for name in reads(method)):
+    if any(base.ABOUT_LOSSES[name].lagged for name in method.about_losses(K)):
         expected = update(losses, without_previous(state), extra=extra)
     else:
         expected = update(losses, state, WITHOUT, extra)
@@ -54,18 +54,18 @@ def test_an_entry_that_is_not_finite_is_an_absent_task(method, value):
     assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("method", [m for m in READERS if reads(m)], ids=str, scope="module")
+@every_array
 def test_one_huge_entry_does_not_end_the_learning(method):
     _, update = compiled(method, K)
     state, losses = warm(method, K)
     _, state, _ = update(losses, state, extra=spoiled(method.extra(losses), TASK, 1e20))
     assert_finite(state)
     first = state
-    for row in example_losses(4, K, seed=3):
+    for row in example_losses(40, K, seed=3):  # so long that running means forget it
         balanced, state, _ = update(row, state)
     assert_finite((balanced, state))
-    # The initial losses are taken once, and weights without memory say nothing.
-    learnt = {*method.learns} - {"weights", "mean", "initial_losses", "count"}
+    # Some are learnt once, and weights without memory say nothing.
+    learnt = {*method.learns} - {"weights", "mean", "initial_losses", "count", "started"}
     for name in learnt:
         before, after = optax.tree.get(first, name), optax.tree.get(state, name)
         moved = jax.tree.map(lambda a, b: (a != b).any(), before, after)
@@ -106,7 +106,7 @@ def about_losses(draw):
 
 
 @every_reader
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(told=st.tuples(about_losses(), about_losses()))
 def test_whatever_is_told_state_and_weights_stay_finite(method, told):
     transformation, update = compiled(method, K)

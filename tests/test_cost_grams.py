@@ -10,7 +10,6 @@ import cost
 import jax
 import optax
 import pytest
-from test_cost_rungs import product_flops
 
 import bilb
 
@@ -50,7 +49,7 @@ def traced_product_flops(num_tasks, make_step):
     optimizer = optax.adamw(1e-3)
     step, init = make_step(TRUNK, optimizer)
     arguments = cost.arguments(TRUNK, num_tasks, optimizer, init)
-    return product_flops(jax.jit(step).trace(*arguments).jaxpr.jaxpr)
+    return cost.product_flops(jax.jit(step).trace(*arguments).jaxpr.jaxpr)
 
 
 exact = functools.partial(driver_step, balancer=bilb.mgda(), gram=bilb.grams.exact())

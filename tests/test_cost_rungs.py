@@ -1,12 +1,10 @@
 """What the methods of the first two rungs cost beyond the plain sum of losses."""
 
 import functools
-import math
 
 import cost
 import flax.linen as nn
 import jax
-import jax.extend
 import jax.numpy as jnp
 import optax
 import pytest
@@ -63,24 +61,6 @@ WITH_SLOPES = {
 }
 
 
-def product_flops(jaxpr):
-    """Flops of the matrix products and convolutions of a program, loops counted in full."""
-    total = 0
-    for equation in jaxpr.eqns:
-        params = equation.params
-        shapes = [getattr(v.aval, "shape", ()) for v in (*equation.invars, *equation.outvars)]
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            total += 2 * math.prod(shapes[-1]) * math.prod(shapes[0][i] for i in contracted)
-        elif equation.primitive.name == "conv_general_dilated":
-            kernel = params["dimension_numbers"].rhs_spec[1:]
-            total += 2 * math.prod(shapes[-1]) * math.prod(shapes[1][i] for i in kernel)
-        times = params["length"] if equation.primitive.name == "scan" else 1
-        inner = jax.extend.core.jaxprs_in_params(params)
-        total += times * sum(product_flops(jaxpr) for jaxpr in inner)
-    return total
-
-
 def flops(network, shape, balancer, **options):
     """Flops of a training step; a network with a loop is counted by its products."""
     task_losses = lambda params, x, y: jnp.mean((network.apply(params, x) - y) ** 2, axis=0)
@@ -100,7 +80,7 @@ def flops(network, shape, balancer, **options):
 
     traced = jax.jit(step).trace(*jax.eval_shape(start))
     if isinstance(network, ScannedMLP):
-        return product_flops(traced.jaxpr.jaxpr)
+        return cost.product_flops(traced.jaxpr.jaxpr)
     return traced.lower().compile().cost_analysis()["flops"]
 
 
@@ -138,4 +118,4 @@ def test_counting_a_loop_in_full():
     weights = jnp.zeros((5, 7, 7))
     scanned = lambda x: jax.lax.scan(lambda x, w: (x @ w, None), x, weights)[0]
     traced = jax.jit(scanned).trace(jnp.zeros((3, 7)))
-    assert product_flops(traced.jaxpr.jaxpr) == 5 * 2 * 3 * 7 * 7
+    assert cost.product_flops(traced.jaxpr.jaxpr) == 5 * 2 * 3 * 7 * 7

@@ -60,7 +60,7 @@ def derivative_of(name, mean=False):
 
 
 @every_discrepancy
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(u=vectors)
 def test_value_and_derivative_follow_the_definition(name, options, u):
     expected, slope = definition(name, u, **options)
@@ -70,7 +70,7 @@ def test_value_and_derivative_follow_the_definition(name, options, u):
 
 
 @every_discrepancy
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(u=vectors, where=masks)
 def test_absent_tasks_are_left_out(name, options, u, where):
     expected, slope = definition(name, u[where], **options)

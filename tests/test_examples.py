@@ -144,6 +144,7 @@ class TestBatches:
 
 
 class TestTraining:
+    @pytest.mark.slow
     def test_shapes_and_progress(self):
         run = experiment.train(small_problem(steps=200), "bilb4mtl", seeds=2)
         assert run.errors.shape == (2, 3)
@@ -174,6 +175,7 @@ class TestTraining:
         else:
             assert weights.shape == losses.shape
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("gram", list(balancers.GRAMS))
     def test_a_chain_of_methods_trains(self, gram):
         problem = small_problem()
@@ -182,6 +184,7 @@ class TestTraining:
         # The weights of MGDA, which sum to one, over those losses.
         np.testing.assert_allclose((run.weights * run.losses).sum(-1), 1.0, rtol=1e-4)
 
+    @pytest.mark.slow
     def test_an_aggregator_gets_the_gradients_of_the_links_in_front(self, monkeypatch):
         """GradDrop that lets everything through is the sum of the task gradients."""
         leaky = lambda settings, shared: bilb.graddrop(settings.seed, leak=1.0, shared=shared)
@@ -192,6 +195,7 @@ class TestTraining:
         np.testing.assert_allclose(whole.losses, expected.losses, rtol=1e-3)
         np.testing.assert_allclose(whole.errors, expected.errors, rtol=1e-3)
 
+    @pytest.mark.slow
     def test_ways_to_take_the_gram_matrix(self):
         exact, stacked, sketch, slow = (
             experiment.train(small_problem(), "si+mgda", seeds=2, gram=gram, decay=decay).losses
@@ -201,6 +205,7 @@ class TestTraining:
         assert np.abs(sketch - exact).max() > 1e-3
         assert np.abs(slow - exact).max() > 1e-3
 
+    @pytest.mark.slow
     def test_effective_weights_are_those_of_the_whole_chain(self):
         run = experiment.train(small_problem(), "si", seeds=2)
         np.testing.assert_allclose(run.weights, 1 / run.losses, rtol=1e-5)

@@ -41,6 +41,7 @@ def jacobian(x):
     return np.concatenate([leaf.reshape(3, -1) for leaf in jax.tree.leaves(gradients)], axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "balancer",
     [bilb.sdmgrad(learning_rate=0.5, steps=50), bilb.modo(0.01), bilb.modo(0.01, decay=0.5)],

@@ -85,6 +85,7 @@ def test_engines_are_callable_by_hand(engine):
     np.testing.assert_array_equal(gram, gram.T)
 
 
+@pytest.mark.slow
 @pytest.mark.x64
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("batches", [(OTHER,), [(OTHER,), (THIRD,)]], ids=["two", "three"])
@@ -103,6 +104,7 @@ def test_independent_batches_give_the_product_of_two_jacobians(engine, batches):
     chex.assert_trees_all_close(grads, expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.x64
 def test_heads_follow_the_plain_sum_where_asked():
     mask = jnp.array([True, False, True])

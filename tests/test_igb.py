@@ -347,6 +347,7 @@ def trainings(agent):
 
 
 class TestV2:
+    @pytest.mark.slow
     def test_schedule(self):
         losses = random_losses(17)
         balancer, update = compiled(small)
@@ -367,6 +368,7 @@ class TestV2:
             *(jax.tree.leaves(agent.critic)[1] for agent in (first_agent, state.agent))
         )
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("scale", [0.5, lambda step: 0.1 * step])
     def test_transitions_and_rewards(self, scale):
         losses = random_losses(12)
@@ -392,6 +394,7 @@ class TestV2:
         # K softmax(N(0, I)): differences of logits have variance 2.
         np.testing.assert_allclose(jnp.var(logits[:, 0] - logits[:, 1]), 2.0, rtol=0.2)
 
+    @pytest.mark.slow
     def test_it_waits_for_the_base_losses(self):
         losses = random_losses(20)
         balancer, _ = compiled(small, base_start=100)
@@ -438,6 +441,7 @@ class TestV2:
         assert new.buffer.transitions.rewards[state.buffer.pointer] == 0
         np.testing.assert_array_equal(new.weights, state.weights)
 
+    @pytest.mark.slow
     def test_a_task_seen_late_enters_the_reward_once_it_has_a_base(self):
         losses = random_losses(6)
         _, update = compiled(small)
@@ -461,12 +465,14 @@ class TestV2:
         assert gap > 0
         np.testing.assert_allclose(new.buffer.transitions.rewards[0], gap, rtol=1e-5)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("scale", "reward"), [(0.0, 0.0), (0.5, 1e6)])
     def test_a_gap_beyond_the_largest_number_counts_as_it(self, scale, reward):
         losses = jnp.array([1e-9, 1e-9, 1e-9, 3e38, 1.0])[:, None] * jnp.ones(K)
         state, _ = play(compiled(small, reward_scale=scale), losses)
         np.testing.assert_array_equal(state.buffer.transitions.rewards[:2], [-reward, reward])
 
+    @pytest.mark.slow
     def test_nonfinite_losses(self):
         losses = random_losses(9)
         balancer, update = compiled(small)
@@ -482,6 +488,7 @@ class TestV2:
             *(jax.tree.leaves(s._replace(key=0)) for s in (skipped, masked))
         )
 
+    @pytest.mark.slow
     def test_the_key_decides(self):
         losses = random_losses(20)
         run = jax.jit(lambda key: scan(small(key=key), losses)[1])
@@ -506,6 +513,7 @@ class TestV2:
         assert integers == {jnp.dtype(jnp.int32)}
         assert jnp.issubdtype(state.key.dtype, jax.dtypes.prng_key)
 
+    @pytest.mark.slow
     def test_donation(self):
         losses = random_losses(3)
         balancer = small()
@@ -515,6 +523,7 @@ class TestV2:
             _, state = update(row, state)
         chex.assert_tree_all_finite(state._replace(key=0))
 
+    @pytest.mark.slow
     def test_hyperparameters_can_be_injected(self):
         losses = random_losses(20)
         arguments = {

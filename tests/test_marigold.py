@@ -85,6 +85,7 @@ def gram_trace(task_losses, x):
 SIZES = [(0, 2, 2), (1, 2, 10), (2, 3, 2), (3, 3, 10)]
 
 
+@pytest.mark.slow
 @pytest.mark.x64
 @pytest.mark.parametrize(("seed", "num_tasks", "width"), SIZES)
 def test_many_inner_steps_end_at_the_point_of_mgda(seed, num_tasks, width):
@@ -117,6 +118,7 @@ def test_single_loop_ends_pareto_stationary(seed, num_tasks, width, scheme):
     assert state.balancer.weights.sum() == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.x64
 @pytest.mark.parametrize(("seed", "num_tasks", "width"), [(4, 2, 2), (1, 2, 10), (3, 3, 10)])
 def test_contraction_rate_is_the_predicted_one(seed, num_tasks, width):

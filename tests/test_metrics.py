@@ -64,6 +64,7 @@ class TestDeltaM:
             metrics.delta_m(values, base, task=[0, 0, 1, 1]), flat, rtol=1e-5
         )
 
+    @pytest.mark.slow
     def test_leading_axes_jit_and_vmap(self):
         values = jnp.arange(1.0, 25.0).reshape(2, 3, 4)
         base = jnp.array([1.0, 2.0, 3.0, 4.0])
@@ -80,7 +81,7 @@ class TestDeltaM:
             rtol=1e-6,
         )
 
-    @settings(deadline=None, max_examples=25)
+    @settings(max_examples=25)
     @given(
         values=npst.arrays(np.float32, 4, elements=st.floats(0.125, 100, width=32)),
         base=npst.arrays(np.float32, 4, elements=st.floats(0.125, 100, width=32)),
@@ -140,7 +141,7 @@ class TestMeanRank:
         ranks = metrics.mean_rank(values, higher_is_better=higher_is_better)
         np.testing.assert_allclose(ranks, [3.5, 2.0, 1.0, 3.5])
 
-    @settings(deadline=None, max_examples=25)
+    @settings(max_examples=25)
     @given(
         npst.arrays(
             np.float32, (5, 3), elements=st.sampled_from([0.0, 1.0, 2.0, 3.5, -1.0, np.nan])
@@ -231,7 +232,8 @@ class TestMinNormWeights:
         np.testing.assert_allclose(jnp.sum(weights), 1, rtol=1e-6)
         np.testing.assert_allclose(weights[3] / weights[0], 1e-14, rtol=1e-4)
 
-    @settings(deadline=None, max_examples=60)
+    @pytest.mark.slow
+    @settings(max_examples=60)
     @given(
         jacobian=st.integers(1, 6).flatmap(
             lambda k: npst.arrays(
@@ -249,6 +251,7 @@ class TestMinNormWeights:
         gap = weights @ slopes - np.min(slopes)
         assert gap <= 20 * FLOAT32_EPS * np.max(np.diagonal(gram))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("num_tasks", "dimension"), [(40, 10), (40, 500), (100, 60)])
     def test_many_tasks(self, num_tasks, dimension):
         jacobian = np.random.default_rng(2).normal(size=(num_tasks, dimension)).astype(np.float32)
@@ -388,7 +391,7 @@ class TestConflicts:
         expected = [[1, half, 0, -1], [half, 1, 0, -half], [0, 0, 0, 0], [-1, -half, 0, 1]]
         np.testing.assert_allclose(metrics.cosine_matrix(gram_of(jacobian)), expected, atol=1e-6)
 
-    @settings(deadline=None, max_examples=25)
+    @settings(max_examples=25)
     @given(scales=npst.arrays(np.float32, 4, elements=st.floats(2.0**-20, 2.0**20, width=32)))
     def test_row_scales_change_neither_cosines_nor_conflicts(self, scales):
         jacobian = np.random.default_rng(9).normal(size=(4, 6)).astype(np.float32)

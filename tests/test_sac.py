@@ -234,6 +234,7 @@ def test_the_buffer_is_a_ring():
     np.testing.assert_array_equal(buffer.transitions.actions[:, 1], [40.0, 20.0, 30.0])
 
 
+@pytest.mark.slow
 def test_transitions_outside_the_mask_do_not_count():
     agent, batch, draws = agent_and_batch(SMALL)
     update = jax.jit(lambda batch, mask: sac.sac_update(agent, batch, mask, draws, SMALL))
@@ -245,6 +246,7 @@ def test_transitions_outside_the_mask_do_not_count():
         np.testing.assert_allclose(leaf, other, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_polyak_average_and_optimiser():
     settings = SMALL._replace(optimizer=optax.sgd(0.1), polyak=0.25)
     agent, batch, draws = agent_and_batch(settings)
@@ -264,6 +266,7 @@ def test_polyak_average_and_optimiser():
     )
 
 
+@pytest.mark.slow
 def test_training_runs_the_given_number_of_updates():
     agent, batch, _ = agent_and_batch(SMALL)
     buffer = sac.ReplayBuffer(batch, jnp.int32(0), jnp.int32(12))

@@ -72,6 +72,7 @@ class TestTraining:
                 np.testing.assert_allclose(result.errors[c], run.errors, rtol=1e-4)
         assert len(np.unique(result.losses[:, :, -1])) == 8
 
+    @pytest.mark.slow
     def test_constants_give_the_same(self):
         configurations = [{"learning_rate": 1e-2, "penalty": 0.5}]
         traced, constant = (
@@ -80,6 +81,7 @@ class TestTraining:
         )
         np.testing.assert_allclose(constant.losses, traced.losses, rtol=1e-4)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("method", "name"),
         [
@@ -215,6 +217,7 @@ class TestCommandLine:
             sweep.main(lambda options: pytest.fail("work was done"))
         assert message in str(stopped.value.code)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("timing", [True, False])
     def test_a_run_from_options_to_files(self, monkeypatch, capsys, tmp_path, timing):
         arguments = ["--method", "dwa", "dwa", "--temperature", "4", "0.5", "4", "--seeds", "2"]

@@ -193,6 +193,7 @@ def check_barrier_weights(weights, gradients, unit, decrease):
     assert value(np.append(weights, nu)) <= solution.fun + 1e-7
 
 
+@pytest.mark.slow
 @pytest.mark.x64
 @pytest.mark.parametrize("normalize", [True, False])
 def test_forum_descends_on_the_validation_losses_within_the_barrier(normalize):
@@ -233,6 +234,7 @@ def test_forum_descends_on_the_validation_losses_within_the_barrier(normalize):
     assert value(step) <= value(others).min() + 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.x64
 def test_forum_moves_by_its_averaged_multipliers():
     """They sum to one from the first step on, and ν is that of the average, not of λ*."""
@@ -291,6 +293,7 @@ def test_steps_run_in_bfloat16_and_keep_every_dtype(factory):
     assert int(state.step) == 2
 
 
+@pytest.mark.slow
 @every_method
 def test_rates_may_be_traced_mapped_and_scheduled(factory):
     params, batch, validation = network()

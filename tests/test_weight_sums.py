@@ -52,15 +52,16 @@ def check(method, rows):
 
 
 @pytest.mark.parametrize("method", WEIGHTED, ids=str)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(rows=losses(np.float32, 12))
 def test_in_float32(method, rows):
     check(method, rows)
 
 
+@pytest.mark.slow
 @pytest.mark.x64
 @pytest.mark.parametrize("method", WEIGHTED, ids=str)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(rows=losses(np.float64, 30))
 def test_in_float64(method, rows):
     check(method, rows)

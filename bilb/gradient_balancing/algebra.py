@@ -50,11 +50,15 @@ def cosines(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns the norms (K,) of the rows of J and their cosines (K, K), 0 for rows that are zero.
 
     The cosines say the same as the Gram matrix about directions, whatever the scales of the tasks.
+    Both may have any axes in front.
     """
-    squares = jnp.diagonal(gram)
-    norms = jnp.sqrt(jnp.where(squares > 0, squares, 0.0))
-    divisors = jnp.where(norms > 0, norms, 1.0)
-    return norms, gram / divisors[:, None] / divisors
+    squares = jnp.diagonal(gram, axis1=-2, axis2=-1)
+    positive = squares > 0
+    # The inner `where` keeps the derivative of the root finite where a row is zero.
+    divisors = jnp.sqrt(jnp.where(positive, squares, 1.0))
+    cosines = gram / divisors[..., :, None] / divisors[..., None, :]
+    cosines = jnp.where(positive[..., :, None] & positive[..., None, :], cosines, 0.0)
+    return jnp.where(positive, divisors, 0.0), cosines
 
 
 def divide(values: jax.Array, norms: jax.Array) -> jax.Array:
@@ -89,9 +93,13 @@ def uniform(num_tasks: int, dtype: Any) -> jax.Array:
     return jnp.full(num_tasks, 1 / num_tasks, dtype)
 
 
-def preference_of(preference: Any, default: Any, present: jax.Array, dtype: Any) -> jax.Array:
-    """Returns a preference (K,), one number or one per task, 0 for absent tasks."""
-    preference = default if preference is None else preference
+def preference_of(preference: Any, present: jax.Array, dtype: Any) -> jax.Array:
+    """Returns a preference (K,), one number or one per task, 0 for absent tasks.
+
+    Without one, weights are equal and their sum is 1.
+    """
+    if preference is None:
+        return equal_weights(present, dtype)
     preference = base.check_per_task("preference", preference, present.shape[0])
     return jnp.where(present, preference.astype(dtype), 0.0)
 

@@ -74,8 +74,7 @@ def aligned_mtl(
             "rmse": jnp.sqrt(jnp.sum(singular**2, where=kept) / jnp.maximum(rank, 1)),
         }[scale]
         shrink = jnp.where(kept, root_sigma / singular, 0.0)
-        mean = 1 / jnp.maximum(gram.present.sum(), 1)
-        target = preference_of(preference, mean, gram.present, norms.dtype)
+        target = preference_of(preference, gram.present, norms.dtype)
         weights = vectors @ (shrink * (vectors.T @ target))
         return jnp.where(rank > 0, weights, target), memory
 

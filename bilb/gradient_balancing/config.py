@@ -62,7 +62,7 @@ def config(
         del step
         norms, directions = cosines(gram.matrix)
         values, vectors, kept = spectrum(directions)
-        target = preference_of(preference, 1.0, norms > 0, norms.dtype)
+        target = preference_of(preference, norms > 0, norms.dtype)
         along = jnp.where(kept, vectors.T @ target, 0.0)
         direction = vectors @ (along / values)  # e ∝ Uᵀ direction
         square = jnp.sum(along**2 / values)

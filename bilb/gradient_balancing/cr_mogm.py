@@ -35,8 +35,8 @@ def cr_mogm(
 
     The smoothed weights are constants: what ``inner`` learns inside its ``update`` it learns as
     usual, but a router gets no gradient by its features. A task's entry moves only when it is
-    present and its weight finite. The state of ``inner`` may have a field ``weights``, too:
-    ``state.weights`` are the smoothed ones.
+    present, what is told of it finite, and its weight finite. The state of ``inner`` may have a
+    field ``weights``, too: ``state.weights`` are the smoothed ones.
 
     Args:
         inner: a loss transformation or a chain of them.
@@ -87,7 +87,12 @@ def cr_mogm(
         base.check_state(state, jax.eval_shape(init_fn, losses), num_tasks)
         if mask is not None:
             mask = base.check_mask(mask, num_tasks)
-            extra["mask"] = mask
+        # A task that the inner method takes for absent keeps its smoothed weight.
+        about = [name for name in base.ABOUT_LOSSES.keys() & extra if extra[name] is not None]
+        current = sorted(name for name in about if not base.ABOUT_LOSSES[name].lagged)
+        mask, given = base.read_arguments(current, extra, mask, num_tasks, losses.dtype)
+        if mask is not None:
+            extra |= {**given, "mask": mask}
             losses = jnp.where(mask, losses, 1.0)
 
         def objective(losses):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
 import optax
 
 from bilb import base
@@ -72,8 +71,7 @@ def dualproj(
     def weigh(gram, memory, step):
         ridge, smallest = base.at_step(reg_eps, step), base.at_step(norm_eps, step)
         hessian = solvers.dual_cone_hessian(gram.matrix, gram.size, ridge, smallest)
-        equal = 1 / jnp.maximum(gram.present.sum(), 1)
-        mean = preference_of(preference, equal, gram.present, hessian.dtype)
+        mean = preference_of(preference, gram.present, hessian.dtype)
         return solvers.lift(hessian, mean, gram.present), memory
 
     return gram_weighting("dualproj", weigh, decay=decay)

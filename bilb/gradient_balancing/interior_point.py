@@ -180,7 +180,10 @@ def _finish(hessian, target, free, start):
         matrix = jnp.where(inside, hessian, eye) + 100 * eps * eye
         change = cho_solve(cho_factor(matrix), jnp.where(support, slope, 0.0))
         blocked = support & ~(x + change > 0)
-        length = jnp.where(blocked, -x / jnp.where(blocked, change, -1.0), jnp.inf)
+        # Where both are zero, as where all is too small for the dtype, nothing can be divided.
+        falls = blocked & (change < 0)
+        length = jnp.where(falls, -x / jnp.where(falls, change, -1.0), jnp.inf)
+        length = jnp.where(blocked & ~falls, 0.0, length)
         shortest = jnp.min(length)
         support = support & ~(blocked & (length <= shortest))
         moved = jnp.maximum(x + jnp.minimum(shortest, 1.0) * change, 0.0)

@@ -72,8 +72,7 @@ def upgrad(
     def weigh(gram, memory, step):
         ridge, smallest = base.at_step(reg_eps, step), base.at_step(norm_eps, step)
         hessian = solvers.dual_cone_hessian(gram.matrix, gram.size, ridge, smallest)
-        equal = 1 / jnp.maximum(gram.present.sum(), 1)
-        mean = preference_of(preference, equal, gram.present, hessian.dtype)
+        mean = preference_of(preference, gram.present, hessian.dtype)
         return jnp.sum(solvers.lift_all(hessian, jnp.diag(mean), gram.present), axis=0), memory
 
     return gram_weighting("upgrad", weigh, decay=decay)
