@@ -4,7 +4,7 @@ from bilb import grams as grams
 from bilb import metrics as metrics
 from bilb import presets as presets
 from bilb import slopes as slopes
-from bilb.base import MissingArgument as MissingArgument
+from bilb.arguments import MissingArgument as MissingArgument
 from bilb.base import TrainingStep as TrainingStep
 from bilb.base import loss_transformation as loss_transformation
 from bilb.bilevel import discrepancies as discrepancies

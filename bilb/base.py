@@ -1,4 +1,4 @@
-"""The vocabulary of the library: the contracts and the checks that every method shares.
+"""The vocabulary of the library: the contract that every method shares.
 
 A *loss transformation* is an :class:`optax.GradientTransformationExtraArgs` whose updates are the
 stacked task losses: ``balanced, state = update(losses, state)``, shape ``(K,)`` in and out. The sum
@@ -18,41 +18,17 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bilb import arguments, checks
+
 Array = jax.Array
 PyTree = Any
 #: A Python number, a traced scalar, or an Optax schedule of the method's step counter.
 Scalar = float | Array | optax.Schedule
-
-
-class MissingArgument(TypeError):
-    """A method was called without an extra argument that it cannot work without.
-
-    The drivers catch it and supply what they can (:func:`bilb.value_and_grad`), and so does
-    :func:`bilb.chain`; a method of your own may raise it, too.
-
-    Attributes:
-        argument: the name of the missing keyword.
-    """
-
-    def __init__(self, argument: str, method: str, supply: str):
-        """Names the method and says how to supply the argument."""
-        super().__init__(f"{method} needs the extra argument `{argument}`: {supply}")
-        self.argument = argument
-        self._arguments = argument, method, supply
-
-    def __reduce__(self):
-        """Lets it cross processes."""
-        return type(self), self._arguments
-
-
-class UnboundAxis(NameError):
-    """A link needs a mapped axis, such as that of ``jax.shard_map``, and is outside of it."""
 
 
 class TrainingStep(NamedTuple):
@@ -66,40 +42,6 @@ class TrainingStep(NamedTuple):
 
     init: Callable[..., PyTree]
     update: Callable[..., tuple[PyTree, PyTree, Array]]
-
-
-class Argument(NamedTuple):
-    """An extra argument that speaks of the losses, so that links must not pass it on as it is."""
-
-    axes: int  # how many axes belong to the tasks; 0 for a function
-    lagged: bool  # whether it tells of the step that the previous call produced
-    supply: str  # how to supply it
-    exact: bool = True  # whether it has no axes but those
-
-
-_OF_LAST_STEP = (
-    "shape (K,), about the step that the previous call produced, zeros at the first call; "
-    "bilb.value_and_grad supplies it."
-)
-_DRIVERS = "bilb.value_and_grad and bilb.aggregate_by supply it."
-#: What speaks of the losses, by name. Methods of users that read something else add its name.
-ABOUT_LOSSES = {
-    "slopes": Argument(1, True, _OF_LAST_STEP),
-    "losses_after": Argument(1, True, f"{_OF_LAST_STEP[:-1]} after its method `after`."),
-    "gradient_norms": Argument(
-        1, False, f"the norms (K,) of the task gradients on the shared parameters; {_DRIVERS}"
-    ),
-    "gram": Argument(2, False, f"the Gram matrix J Jᵀ (K, K) of the task gradients; {_DRIVERS}"),
-    "gram_fn": Argument(
-        0, False, f"a function () -> the Gram matrix J Jᵀ (K, K) of the task gradients; {_DRIVERS}"
-    ),
-    "slope_fn": Argument(
-        0,
-        False,
-        "a function weights (K,) -> slopes (K,) of the losses along Jᵀ weights at the current "
-        f"parameters; {_DRIVERS}",
-    ),
-}
 
 
 def loss_transformation(
@@ -173,13 +115,15 @@ def loss_transformation(
         for p in parameters
         if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in ("mask", "taught")
     ]
-    reads = tuple(dict.fromkeys((*reads, *(n for n in required if n in ABOUT_LOSSES))))
+    reads = tuple(dict.fromkeys((*reads, *(n for n in required if n in arguments.ABOUT_LOSSES))))
     required = [name for name in required if name not in reads]
     for read in reads:
         if read in ("mask", "features", "losses"):
             raise ValueError(f"reads: `{read}` does not speak of the losses; take it as a keyword.")
-        own = Argument(1, False, "an array with a leading task axis (K, ...).", exact=False)
-        ABOUT_LOSSES.setdefault(read, own)
+        own = arguments.Argument(
+            1, False, "an array with a leading task axis (K, ...).", exact=False
+        )
+        arguments.ABOUT_LOSSES.setdefault(read, own)
     name = name_of(update) if name is None else name
 
     @functools.cache
@@ -187,29 +131,29 @@ def loss_transformation(
         return jax.eval_shape(lambda: init(num_tasks, dtype))
 
     def init_fn(losses):
-        num_tasks, dtype = check_losses(losses)
+        num_tasks, dtype = checks.losses(losses)
         return init(num_tasks, at_least_float32(dtype))
 
     def update_fn(losses, /, state, params=None, *, mask=None, **extra):
         del params
-        num_tasks, loss_dtype = check_losses(losses)
+        num_tasks, loss_dtype = checks.losses(losses)
         dtype = at_least_float32(loss_dtype)
-        check_state(state, specification(num_tasks, dtype), num_tasks)
+        checks.state(state, specification(num_tasks, dtype), num_tasks)
         for needed in (*reads, *required):
             if extra.get(needed) is None:
-                raise missing(needed, name)
-        refuse(extra, name, reads)
+                raise arguments.missing(needed, name)
+        arguments.refuse(extra, name, reads)
         losses = jnp.asarray(losses, dtype)
         if mask is not None:
-            mask = check_mask(mask, num_tasks)
+            mask = checks.mask(mask, num_tasks)
             if "mask" not in names and not takes_all:
                 raise TypeError(f"{name} takes no mask: give its update the keyword `mask`.")
-        lagged = [read for read in reads if ABOUT_LOSSES[read].lagged]
+        lagged = [read for read in reads if arguments.ABOUT_LOSSES[read].lagged]
         current = [read for read in reads if read not in lagged]
-        mask, given = read_arguments(current, extra, mask, num_tasks, dtype)
+        mask, given = arguments.read(current, extra, mask, num_tasks, dtype)
         if lagged:
             told = getattr(state, "present", mask)
-            taught, of_last_step = read_arguments(lagged, extra, told, num_tasks, dtype)
+            taught, of_last_step = arguments.read(lagged, extra, told, num_tasks, dtype)
             if hasattr(state, "step"):
                 taught &= state.step > 0
             given |= {**of_last_step, "taught": taught}
@@ -234,79 +178,6 @@ def loss_transformation(
 def name_of(function: Callable) -> str:
     """Returns the name of the public function that a closure belongs to."""
     return function.__qualname__.split(".")[0]
-
-
-def missing(argument: str, method: str) -> MissingArgument:
-    """Returns the error by which a method asks for an extra argument."""
-    about = ABOUT_LOSSES.get(argument)
-    supply = about.supply if about else f"pass it to update as `{argument}=`."
-    return MissingArgument(argument, method, supply)
-
-
-def refuse(extra: dict[str, Any], method: str, reads: tuple[str, ...] = ()) -> None:
-    """Raises TypeError for what speaks of the losses and is not among ``reads``."""
-    for name, value in extra.items():
-        if value is not None and name in ABOUT_LOSSES and name not in reads:
-            raise TypeError(
-                f"`{name}` speaks of the losses as the model returns them, but {method}, a link "
-                "in the same chain, changes the losses and does not read it. Join the links with "
-                f"bilb.chain instead of optax.chain: it translates `{name}` for the link behind."
-            )
-
-
-def read_arguments(
-    names: list[str], extra: dict[str, Any], mask: Array | None, num_tasks: int, dtype: np.dtype
-) -> tuple[Array | None, dict[str, Any]]:
-    """Returns the tasks that are present with finite entries, and the arguments without others.
-
-    The former are None where neither a mask nor an array says anything.
-    """
-    arrays = [name for name in names if ABOUT_LOSSES[name].axes]
-    values = {name: jax.lax.stop_gradient(jnp.asarray(extra[name], dtype)) for name in arrays}
-    for name, value in values.items():
-        about = ABOUT_LOSSES[name]
-        expected = (num_tasks,) * about.axes
-        if (value.shape if about.exact else value.shape[: about.axes]) != expected:
-            raise ValueError(f"{name} must have shape {expected}; got {value.shape}.")
-        finite = finite_rows(value, about.axes)
-        mask = finite if mask is None else mask & finite
-    given = {name: _without_absent(value, mask, name) for name, value in values.items()}
-    if "slope_fn" in names:
-        given["slope_fn"] = _of_present(extra["slope_fn"], mask, num_tasks, dtype)
-    return mask, given
-
-
-def finite_rows(value: Array, axes: int) -> Array:
-    """Returns (K,) bool: the tasks whose entries are finite.
-
-    One task that is not finite spoils its own row and column of a Gram matrix; the other rows
-    count with what is left.
-    """
-    if axes == 2:
-        usable = jnp.isfinite(jnp.diagonal(value))
-        return usable & ~jnp.any(~jnp.isfinite(value) & usable, axis=1)
-    return jnp.isfinite(value).reshape(value.shape[0], -1).all(1)
-
-
-def _without_absent(value, mask, name):
-    if ABOUT_LOSSES[name].axes == 2:
-        return jnp.where(mask[:, None] & mask, value, 0.0)
-    rows = mask.reshape(-1, *(1,) * (value.ndim - 1))
-    # A loss of 1 stands for an absent one, as in `losses`.
-    return jnp.where(rows, value, 1.0 if name == "losses_after" else 0.0)
-
-
-def _of_present(slope_fn, mask, num_tasks, dtype):
-    """Returns a ``slope_fn`` that neither asks for nor tells of absent tasks."""
-    keep = lambda values: values if mask is None else jnp.where(mask, values, 0.0)
-
-    def of_present(weights):
-        slopes = jnp.asarray(slope_fn(keep(weights)), dtype)
-        if slopes.shape != (num_tasks,):
-            raise ValueError(f"slope_fn must return shape ({num_tasks},); got {slopes.shape}.")
-        return keep(jax.lax.stop_gradient(slopes))
-
-    return of_present
 
 
 def keep_absent(
@@ -371,7 +242,7 @@ def supply_missing(
     while True:
         try:
             return function(given), given
-        except MissingArgument as error:
+        except arguments.MissingArgument as error:
             if error.argument not in supply or error.argument in given:
                 raise
             given = {**given, error.argument: supply[error.argument]()}
@@ -411,7 +282,7 @@ def asked(
         return jax.eval_shape(update, shape, state, features)
 
     # What is not known here, features or a mapped axis, ends the search; nothing is carried there.
-    with contextlib.suppress(MissingArgument, UnboundAxis):
+    with contextlib.suppress(arguments.MissingArgument, arguments.UnboundAxis):
         supply_missing(trace, extra, noting)
     return names
 
@@ -440,103 +311,10 @@ def as_link(balancer: optax.GradientTransformation) -> optax.GradientTransformat
     def update_fn(losses, state, params=None, **extra):
         for name in required:
             if extra.get(name) is None:
-                raise missing(name, name_of(balancer.update))
+                raise arguments.missing(name, name_of(balancer.update))
         return balancer.update(losses, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(balancer.init, update_fn)
-
-
-def check_losses(losses: Any) -> tuple[int, np.dtype]:
-    """Returns K and the dtype of a stacked loss vector, or says what is wrong with it."""
-    if not hasattr(losses, "dtype"):
-        losses = jnp.asarray(losses)
-    if losses.ndim != 1 or losses.shape[0] == 0:
-        raise ValueError(
-            "losses must be one vector with an entry per task, shape (K,) with K >= 1; got shape "
-            f"{losses.shape}. Stack the task losses with jnp.stack([...])."
-        )
-    if not jnp.issubdtype(losses.dtype, jnp.floating):
-        raise TypeError(f"losses must be floating point; got dtype {losses.dtype}.")
-    return losses.shape[0], jax.dtypes.canonicalize_dtype(losses.dtype)
-
-
-def check_number(
-    name: str,
-    value: Any,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    *,
-    exclusive: bool = False,
-    per_task: bool = False,
-    schedule: bool = False,
-) -> None:
-    """Raises for a hyperparameter that is not what its method takes, or is outside its range.
-
-    Args:
-        name: of the hyperparameter, for the message.
-        value: a number or an array; the range is checked where it is concrete, and tracers pass.
-            None passes.
-        minimum: the smallest value, none if None.
-        maximum: the largest value, none if None.
-        exclusive: whether the bounds are outside the range.
-        per_task: whether it may be an array with an entry per task, whose length
-            :func:`check_per_task` checks; otherwise it is one number.
-        schedule: whether it may be a schedule of the method's step counter.
-
-    Raises:
-        TypeError: for what is no number, and for a schedule that the method cannot evaluate.
-        ValueError: for a value outside the range, or an array in the place of one number.
-    """
-    if value is None or (callable(value) and schedule):
-        return
-    if callable(value):
-        raise TypeError(
-            f"{name} takes no schedule; got {value!r}. Give a number or an array, or wrap the "
-            f"method: optax.inject_hyperparams(method)({name}=schedule)."
-        )
-    if not isinstance(value, jax.core.Tracer):
-        value = np.asarray(value)
-        if value.dtype.kind not in "fiu" and not jnp.issubdtype(value.dtype, jnp.floating):
-            kinds = "a number, a traced array or a schedule" if schedule else "a number"
-            raise TypeError(f"{name} must be {kinds}; got {value!r}.")
-    if not per_task:
-        check_shape(value, (), f"{name} must be one number.")
-    if isinstance(value, jax.core.Tracer):
-        return
-    value = value.astype(np.float64)
-    below = minimum is not None and (value <= minimum if exclusive else value < minimum).any()
-    above = maximum is not None and (value >= maximum if exclusive else value > maximum).any()
-    if below or above or np.isnan(value).any():
-        relation = ("> ", "< ") if exclusive else (">= ", "<= ")
-        bounds = [r + str(b) for r, b in zip(relation, (minimum, maximum)) if b is not None]
-        raise ValueError(f"{name} must be {' and '.join(bounds) or 'a number'}; got {value}.")
-
-
-def check_per_task(name: str, value: Any, num_tasks: int, step: Array | None = None) -> Array:
-    """Returns a hyperparameter given per task, or one number for all, as (K,) values.
-
-    Args:
-        name: of the hyperparameter, for the message.
-        value: one number, (K,), or a schedule that returns either.
-        num_tasks: K.
-        step: where to evaluate a schedule.
-    """
-    value = jnp.asarray(value(step) if callable(value) else value)
-    if value.ndim:
-        message = f"{name} must be one number or have an entry per task."
-        check_shape(value, (num_tasks,), message)
-    return jnp.broadcast_to(value, (num_tasks,))
-
-
-def check_shape(value: Any, shape: tuple[int, ...], message: str) -> None:
-    """Raises ValueError with both shapes and the message for a value of another shape."""
-    chex.assert_shape(
-        value,
-        shape,
-        custom_message=message,
-        include_default_message=False,
-        exception_type=ValueError,
-    )
 
 
 def present(losses: Array, mask: Array | None) -> Array:
@@ -597,7 +375,7 @@ def at_step(value: Scalar, step: Array) -> Any:
     if not callable(value):
         return value
     value = jnp.asarray(value(step))
-    check_shape(value, (), "a schedule of one number must return one number.")
+    checks.shape(value, (), "a schedule of one number must return one number.")
     return value
 
 
@@ -634,34 +412,6 @@ def new_step() -> Array:
 def at_least_float32(dtype: np.dtype) -> np.dtype:
     """Returns the dtype in which losses of this dtype are weighed and their statistics kept."""
     return jnp.promote_types(dtype, jnp.float32)
-
-
-def check_mask(mask: Any, num_tasks: int) -> Array:
-    """Returns a mask as (K,) bool, or says what is wrong with it."""
-    mask = jnp.asarray(mask)
-    if mask.shape != (num_tasks,) or mask.dtype != jnp.bool_:
-        raise ValueError(
-            f"mask must be bool with an entry per task, shape ({num_tasks},), True where the task "
-            f"is present; got dtype {mask.dtype} and shape {mask.shape}."
-        )
-    return mask
-
-
-def check_state(state: PyTree, expected: PyTree, num_tasks: int) -> None:
-    """Raises ValueError for a state of another structure, or of another number of tasks."""
-    if jax.tree.structure(state) != jax.tree.structure(expected):
-        raise ValueError(
-            "the state does not belong to this transformation: expected the structure "
-            f"{jax.tree.structure(expected)}, got {jax.tree.structure(state)}."
-        )
-    wanted = jax.tree_util.tree_leaves_with_path(expected)
-    for (path, leaf), got in zip(wanted, jax.tree.leaves(state)):
-        if jnp.shape(got) != leaf.shape:
-            raise ValueError(
-                f"losses have K = {num_tasks} tasks, but the state was initialised for another "
-                f"number: {jax.tree_util.keystr(path)} has shape {jnp.shape(got)}, not "
-                f"{leaf.shape}. Call init with losses of this shape."
-            )
 
 
 def like(new: Any, old: Any) -> Array:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import arguments, base, checks
 
 
 class ChainState(NamedTuple):
@@ -89,7 +89,7 @@ def chain(*links: optax.GradientTransformation) -> optax.GradientTransformationE
     )
 
     def init_fn(losses):
-        num_tasks, dtype = base.check_losses(losses)
+        num_tasks, dtype = checks.losses(losses)
         zeros = jnp.zeros(num_tasks, base.at_least_float32(dtype))
         states = tuple(link.init(zeros) for link in links)
         asked = [base.asked(link, state, zeros) for link, state in zip(links, states)]
@@ -97,15 +97,15 @@ def chain(*links: optax.GradientTransformation) -> optax.GradientTransformationE
         return ChainState(states, kept)
 
     def update_fn(losses, /, state, params=None, *, mask=None, **extra):
-        num_tasks, dtype = base.check_losses(losses)
+        num_tasks, dtype = checks.losses(losses)
         if not isinstance(state, ChainState) or len(state.links) != len(links):
             raise ValueError(
                 f"the state does not belong to this chain of {len(links)} links: got a "
                 f"{type(state).__name__}. Call init of the chain itself."
             )
         if mask is not None:
-            mask = base.check_mask(mask, num_tasks)
-        about = {name: extra.pop(name) for name in [*extra] if name in base.ABOUT_LOSSES}
+            mask = checks.mask(mask, num_tasks)
+        about = {name: extra.pop(name) for name in [*extra] if name in arguments.ABOUT_LOSSES}
         run = _Run(links, state, params, jnp.asarray(losses, base.at_least_float32(dtype)), about)
         values, states, kept = run.values, [], []
         for i in range(len(links)):
@@ -156,7 +156,7 @@ class _Run:
             try:
                 result = update(given)
                 break
-            except base.MissingArgument as missing:
+            except arguments.MissingArgument as missing:
                 name = missing.argument
                 if name not in self.about or name in given:
                     raise
@@ -212,7 +212,7 @@ class _Run:
                     losses_after, state, self.params, mask=present, statistics_of=losses
                 )
                 losses, _ = link.update(losses, state, self.params, mask=present)
-            except base.MissingArgument as missing:
+            except arguments.MissingArgument as missing:
                 raise TypeError(
                     "`losses_after` cannot be carried through a link that reads "
                     f"`{missing.argument}`: put the method that reads `losses_after` in front."

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base, jacobian
+from bilb import base, checks, jacobian
 
 
 def exact(chunk_size: int | None = None) -> Exact:
@@ -42,7 +42,7 @@ def exact(chunk_size: int | None = None) -> Exact:
         [[20.  2.]
          [ 2.  1.]]
     """
-    base.check_number("chunk_size", chunk_size, minimum=1)
+    checks.number("chunk_size", chunk_size, minimum=1)
     return Exact(chunk_size)
 
 
@@ -68,7 +68,7 @@ def stacked(chunk_size: int | None = None) -> Stacked:
         [[20.  2.]
          [ 2.  1.]]
     """
-    base.check_number("chunk_size", chunk_size, minimum=1)
+    checks.number("chunk_size", chunk_size, minimum=1)
     return Stacked(chunk_size)
 
 
@@ -105,7 +105,7 @@ def sketch(probes: int = 1, key: int | jax.Array = 0) -> Sketch:
     References:
         Hutchinson, *A stochastic estimator of the trace of the influence matrix*, 1989.
     """
-    base.check_number("probes", probes, minimum=1)
+    checks.number("probes", probes, minimum=1)
     return Sketch(probes, base.as_key(key))
 
 

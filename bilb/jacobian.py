@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 
 
 class Linearization(NamedTuple):
@@ -81,7 +81,7 @@ def linearize_with_features(
         tangents of ``(losses, features)``.
     """
     values, vjp, aux = jax.vjp(outputs, params, has_aux=True)
-    base.check_losses(values[0])
+    checks.losses(values[0])
     half = values[0].dtype.itemsize < 4
 
     def pullback(cotangents):
@@ -131,7 +131,7 @@ def task_gradients(
         [5. 1.] [[2. 4.]
          [1. 0.]]
     """
-    base.check_number("chunk_size", chunk_size, minimum=1)
+    checks.number("chunk_size", chunk_size, minimum=1)
     losses, pullback, _ = linearize(task_losses, params, *args)
     return losses, rows(pullback, losses, chunk_size or losses.shape[0])
 

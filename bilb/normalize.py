@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import arguments, base, checks
 from bilb.chain import Collective
 
 
@@ -53,15 +53,15 @@ def scale_by(scales: jax.Array | float) -> optax.GradientTransformationExtraArgs
         >>> print(balanced)
         [0.5 2. ]
     """
-    base.check_number("scales", scales, minimum=0, exclusive=True, per_task=True)
+    checks.number("scales", scales, minimum=0, exclusive=True, per_task=True)
 
     def init(num_tasks, dtype):
         del dtype
-        base.check_per_task("scales", scales, num_tasks)
+        checks.per_task("scales", scales, num_tasks)
         return optax.EmptyState()
 
     def update(losses, state, **_):
-        return losses / base.check_per_task("scales", scales, losses.shape[0]), state
+        return losses / checks.per_task("scales", scales, losses.shape[0]), state
 
     return base.loss_transformation(init, update)
 
@@ -160,7 +160,7 @@ def log_losses(floor: float | jax.Array = 1e-8) -> optax.GradientTransformationE
         >>> print(jax.grad(objective)(jnp.array([4.0, 0.5])))
         [0.25 2.  ]
     """
-    base.check_number("floor", floor, minimum=0, exclusive=True)
+    checks.number("floor", floor, minimum=0, exclusive=True)
 
     def init(num_tasks, dtype):
         del num_tasks, dtype
@@ -207,8 +207,8 @@ def log_scale_by_initial_loss(
     References:
         Xiao et al., arXiv 2502.08585, QM9 experiment of the official code.
     """
-    base.check_number("every", every, minimum=1)
-    base.check_number("floor", floor, minimum=0, exclusive=True)
+    checks.number("every", every, minimum=1)
+    checks.number("floor", floor, minimum=0, exclusive=True)
 
     def init(num_tasks, dtype):
         return LogScaleByInitialLossState(
@@ -263,19 +263,19 @@ def pmean_losses(axis_name: str | tuple[str, ...]) -> optax.GradientTransformati
     """
 
     def init_fn(losses):
-        base.check_losses(losses)
+        checks.losses(losses)
         return optax.EmptyState()
 
     def update_fn(losses, /, state, params=None, *, mask=None, **extra):
         del params
-        num_tasks, dtype = base.check_losses(losses)
-        base.refuse(extra, "pmean_losses")
+        num_tasks, dtype = checks.losses(losses)
+        arguments.refuse(extra, "pmean_losses")
         losses = jnp.asarray(losses, base.at_least_float32(dtype))
-        present = base.present(losses, None if mask is None else base.check_mask(mask, num_tasks))
+        present = base.present(losses, None if mask is None else checks.mask(mask, num_tasks))
         try:
             total, count = jax.lax.psum((jnp.where(present, losses, 0.0), present * 1), axis_name)
         except NameError as error:
-            raise base.UnboundAxis(
+            raise arguments.UnboundAxis(
                 f"pmean_losses({axis_name!r}) averages over a mapped axis: call it inside "
                 f"jax.shard_map or jax.pmap with that axis ({error})."
             ) from error
@@ -313,13 +313,13 @@ def skip_nonfinite(
     inner = base.as_link(inner)
 
     def init_fn(losses):
-        num_tasks, dtype = base.check_losses(losses)
+        num_tasks, dtype = checks.losses(losses)
         return inner.init(jnp.zeros(num_tasks, dtype))
 
     def update_fn(losses, /, state, params=None, *, mask=None, **extra):
-        num_tasks, _ = base.check_losses(losses)
+        num_tasks, _ = checks.losses(losses)
         losses = jnp.asarray(losses)
-        mask = None if mask is None else base.check_mask(mask, num_tasks)
+        mask = None if mask is None else checks.mask(mask, num_tasks)
         present = base.usable(losses, mask)
         finite = jnp.where(present, losses, 1.0).astype(losses.dtype)
         balanced, state = inner.update(finite, state, params, mask=present, **extra)

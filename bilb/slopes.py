@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base, jacobian
+from bilb import base, checks, jacobian
 
 
 def forward(
@@ -81,7 +81,7 @@ def finite_difference(
         [2.01 1.  ]
     """
     if not callable(displacement):
-        base.check_number("displacement", displacement, minimum=0, exclusive=True)
+        checks.number("displacement", displacement, minimum=0, exclusive=True)
 
     def slopes(task_losses, params, direction, *args, at=None):
         losses = task_losses(params, *args) if at is None else at.losses

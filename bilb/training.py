@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.interpreters import partial_eval
 
-from bilb import base, jacobian
+from bilb import arguments, base, checks, jacobian
 from bilb import grams as gram_engines
 from bilb import slopes as slope_functions
 
@@ -131,7 +131,7 @@ class ValueAndGrad:
     def init(self, params: base.PyTree, *args: Any, **extra: Any) -> ValueAndGradState:
         """Returns the first state, from the shapes of the losses alone."""
         (losses, features), _ = self._shapes(params, *args)
-        num_tasks, dtype = base.check_losses(losses)
+        num_tasks, dtype = checks.losses(losses)
         zeros = lambda: jnp.zeros(num_tasks, base.at_least_float32(dtype))
         balancer = self.balancer.init(zeros())
         if self.features is not None:
@@ -406,7 +406,7 @@ def aggregate_by(
         >>> print(updates.shape)
         (2,)
     """
-    base.check_number("num_tasks", num_tasks, minimum=1)
+    checks.number("num_tasks", num_tasks, minimum=1)
     jacobian.check_heads(heads)
     balancer = base.as_link(balancer)
 
@@ -447,7 +447,7 @@ def aggregate_by(
         if losses is None:
             losses = jnp.ones(num_tasks, dtype)
             if _depends_on_its_argument(weigh, losses):
-                raise base.MissingArgument(
+                raise arguments.MissingArgument(
                     "losses",
                     "aggregate_by",
                     "call update(task_gradients, state, params, losses=...).",

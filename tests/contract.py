@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilb import base
+from bilb import arguments
 
 # Most of what tests over all methods do is to compile; their programs are too small to optimise.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -87,7 +87,7 @@ class Method:
 
     def about_losses(self, num_tasks):
         """Returns the names of the arrays that speak of the losses."""
-        return [name for name in self.extra(jnp.ones(num_tasks)) if name in base.ABOUT_LOSSES]
+        return [name for name in self.extra(jnp.ones(num_tasks)) if name in arguments.ABOUT_LOSSES]
 
     def objective(self, losses, state, present=slice(None)):
         """Returns the documented objective, written independently of the library."""
@@ -128,7 +128,9 @@ def take(array, tasks, axes):
 
 def permuted(extra, order):
     """Returns what speaks of the losses, for the tasks in another order."""
-    axes = lambda name: range(base.ABOUT_LOSSES[name].axes) if name in base.ABOUT_LOSSES else ()
+    axes = lambda name: (
+        range(arguments.ABOUT_LOSSES[name].axes) if name in arguments.ABOUT_LOSSES else ()
+    )
     return {name: take(value, order, axes(name)) for name, value in extra.items()}
 
 
@@ -136,9 +138,9 @@ def spoiled(extra, tasks, value):
     """Returns what speaks of the losses with another value for some tasks' entries."""
     extra = dict(extra)
     for name in extra:
-        if name in base.ABOUT_LOSSES:
+        if name in arguments.ABOUT_LOSSES:
             extra[name] = extra[name].at[tasks].set(value)
-            if base.ABOUT_LOSSES[name].axes == 2:
+            if arguments.ABOUT_LOSSES[name].axes == 2:
                 extra[name] = extra[name].at[:, tasks].set(value)
     return extra
 

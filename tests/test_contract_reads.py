@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as npst
 from methods import METHODS
 
 import bilb
-from bilb import base
+from bilb import arguments
 from bilb.chain import Chain
 
 K, TASK = 5, 1
@@ -46,7 +46,7 @@ def test_an_entry_that_is_not_finite_is_an_absent_task(method, value):
     assert_finite(actual)
     if isinstance(transformation, Chain) and len(transformation.links) > 1:
         return
-    if any(base.ABOUT_LOSSES[name].lagged for name in method.about_losses(K)):
+    if any(arguments.ABOUT_LOSSES[name].lagged for name in method.about_losses(K)):
         expected = update(losses, without_previous(state), extra=extra)
     else:
         expected = update(losses, state, WITHOUT, extra)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 from bilb.bilevel import discrepancies, routers
 
 
@@ -103,7 +103,7 @@ def bilb4mtl(
         *LDC-MTL*, arXiv 2502.08585, Algorithm 2.
     """
     optimizer = optax.with_extra_args_support(optimizer)
-    base.check_number("penalty", penalty, minimum=0, schedule=True)
+    checks.number("penalty", penalty, minimum=0, schedule=True)
     balance = balanced_losses(router, discrepancy, weighted=weighted, divisor=divisor)
     given = routers.Router(router.init, apply=lambda weights, _: weights)
     balance_by = balanced_losses(given, discrepancy, weighted=weighted, divisor=divisor)
@@ -167,12 +167,12 @@ def balanced_losses(
 
     def distance(u, **options):
         f = discrepancy(u, **options)
-        base.check_shape(f, (), "the discrepancy must return one number.")
+        checks.shape(f, (), "the discrepancy must return one number.")
         return f
 
     def balance(parameters, losses, features, mask, penalty):
         weights = router.apply(parameters, features)
-        base.check_shape(weights, losses.shape, "the router must return a weight per task.")
+        checks.shape(weights, losses.shape, "the router must return a weight per task.")
         if mask is not None and not takes_where:
             raise TypeError(
                 "a mask needs a discrepancy with a `where` keyword, the (K,) bool of the tasks "

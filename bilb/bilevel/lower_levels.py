@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import checks
 from bilb.gradient_balancing.algebra import equal_weights, far
 
 Product = Callable[[jax.Array], jax.Array]
@@ -66,7 +66,7 @@ def sdmgrad(eta: float | jax.Array = 0.3) -> LowerLevel:
     References:
         Xiao et al., *Direction-oriented multi-objective learning* (SDMGrad), 2023.
     """
-    base.check_number("eta", eta, minimum=0)
+    checks.number("eta", eta, minimum=0)
 
     def weights(lam, product, present):
         return jnp.where(present, lam + eta * equal_weights(present, lam.dtype), 0.0) / (1.0 + eta)
@@ -89,7 +89,7 @@ def cagrad(c: float | jax.Array = 0.4) -> LowerLevel:
     References:
         Liu et al., *Conflict-averse gradient descent*, 2021.
     """
-    base.check_number("c", c, minimum=0)
+    checks.number("c", c, minimum=0)
 
     def products(lam, product, present):
         mean = equal_weights(present, lam.dtype)
@@ -124,7 +124,7 @@ def fairgrad(alpha: float | jax.Array = 2.0) -> LowerLevel:
     References:
         Ban and Ji, *Fair resource allocation in multi-task learning*, 2024.
     """
-    base.check_number("alpha", alpha, minimum=0, exclusive=True)
+    checks.number("alpha", alpha, minimum=0, exclusive=True)
 
     def gradient(lam, product, memory, present):
         uniform = equal_weights(present, lam.dtype)
@@ -160,7 +160,7 @@ def dualproj(cap: float | jax.Array = 100.0) -> LowerLevel:
     References:
         Lopez-Paz and Ranzato, *Gradient episodic memory*, 2017; Quinton and Rey, 2024.
     """
-    base.check_number("cap", cap, minimum=0, exclusive=True)
+    checks.number("cap", cap, minimum=0, exclusive=True)
 
     def project(lam):
         present = lam > far(lam.dtype) / 2

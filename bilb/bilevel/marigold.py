@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 from bilb.bilevel import lower_levels
 from bilb.gradient_balancing.algebra import equal_weights, far, onto_simplex
 
@@ -130,9 +130,9 @@ def marigold(
         raise ValueError(f'{name} needs scheme="projection"; got {scheme!r}.')
     if lower.logarithmic and scheme == "projection":
         raise ValueError(f'{name} needs scheme="softmax" or "exponentiated"; got {scheme!r}.')
-    base.check_number("inner_steps", inner_steps, minimum=1)
-    base.check_number("regularization", regularization, minimum=0, schedule=True)
-    base.check_number("max_logit", max_logit, minimum=0, exclusive=True, schedule=True)
+    checks.number("inner_steps", inner_steps, minimum=1)
+    checks.number("regularization", regularization, minimum=0, schedule=True)
+    checks.number("max_logit", max_logit, minimum=0, exclusive=True, schedule=True)
     lagged = lower.lagged and inner_steps == 1
     optimizer = optax.with_extra_args_support(optimizer)
 

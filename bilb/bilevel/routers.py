@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bilb import base
+from bilb import arguments, base, checks
 
 
 class Router(NamedTuple):
@@ -66,7 +66,7 @@ def softmax(initial: jax.Array | float = 0.0, clip: tuple[float, float] | None =
         [0.25 0.25 0.25 0.25]
     """
 
-    base.check_number("initial", initial, per_task=True)
+    checks.number("initial", initial, per_task=True)
 
     def init(num_tasks, dtype):
         _check_clip(clip, num_tasks)
@@ -90,7 +90,7 @@ def sigmoid(initial: jax.Array | float = 1.0) -> Router:
         >>> print(router.apply(router.init(2, jnp.float32), None))
         [0.5 0.5]
     """
-    base.check_number("initial", initial, per_task=True)
+    checks.number("initial", initial, per_task=True)
     return Router(
         lambda num_tasks, dtype: _full(initial, num_tasks, dtype),
         lambda logits, _: jax.nn.sigmoid(logits),
@@ -118,8 +118,8 @@ def relu_sigmoid(minval: float = 0.2, maxval: float = 1.0, key: int | jax.Array 
         True
     """
 
-    base.check_number("minval", minval)
-    base.check_number("maxval", maxval)
+    checks.number("minval", minval)
+    checks.number("maxval", maxval)
 
     def init(num_tasks, dtype):
         return jax.random.uniform(base.as_key(key), (num_tasks,), dtype, minval, maxval)
@@ -160,7 +160,7 @@ def linear_softmax(
         >>> print(state.weights.shape)
         (2,)
     """
-    base.check_number("num_features", num_features, minimum=1)
+    checks.number("num_features", num_features, minimum=1)
 
     def init(num_tasks, dtype):
         _check_clip(clip, num_tasks)
@@ -228,7 +228,7 @@ def from_module(
 
     def apply(variables, features):
         if features is None:
-            raise base.MissingArgument(
+            raise arguments.MissingArgument(
                 "features", "routers.from_module", "call update(..., features=...)."
             )
         return module.apply(variables, features)
@@ -237,7 +237,7 @@ def from_module(
 
 
 def _full(value, num_tasks, dtype):
-    return jnp.array(base.check_per_task("initial", value, num_tasks), dtype, copy=True)
+    return jnp.array(checks.per_task("initial", value, num_tasks), dtype, copy=True)
 
 
 def _clip(weights, clip):
@@ -263,7 +263,7 @@ def _check_clip(clip, num_tasks):
 
 def _check_features(features, num_features, router):
     if features is None:
-        raise base.MissingArgument(
+        raise arguments.MissingArgument(
             "features",
             router,
             "call update(losses, state, features=...) with the features that it reads.",

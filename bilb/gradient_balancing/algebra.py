@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import checks
 
 
 class Spectrum(NamedTuple):
@@ -100,7 +100,7 @@ def preference_of(preference: Any, present: jax.Array, dtype: Any) -> jax.Array:
     """
     if preference is None:
         return equal_weights(present, dtype)
-    preference = base.check_per_task("preference", preference, present.shape[0])
+    preference = checks.per_task("preference", preference, present.shape[0])
     return jnp.where(present, preference.astype(dtype), 0.0)
 
 

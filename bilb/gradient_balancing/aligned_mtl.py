@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 from bilb.gradient_balancing.algebra import components, cosines, preference_of, spectrum
 from bilb.gradient_balancing.weighting import gram_weighting
 
@@ -61,7 +61,7 @@ def aligned_mtl(
     """
     if scale not in ("min", "median", "rmse"):
         raise ValueError(f'scale must be "min", "median" or "rmse"; got {scale!r}.')
-    base.check_number("preference", preference, per_task=True)
+    checks.number("preference", preference, per_task=True)
 
     def weigh(gram, memory, step):
         del step

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import optax
 
-from bilb import base
+from bilb import base, checks
 from bilb.gradient_balancing import solvers
 from bilb.gradient_balancing.algebra import equal_weights
 from bilb.gradient_balancing.weighting import gram_weighting
@@ -59,7 +59,7 @@ def cagrad(
     References:
         Liu et al., *Conflict-averse gradient descent for multi-task learning*, arXiv 2110.14048.
     """
-    base.check_number("c", c, minimum=0, schedule=True)
+    checks.number("c", c, minimum=0, schedule=True)
     if rescale not in (0, 1, 2):
         raise ValueError(f"rescale must be 0, 1 or 2; got {rescale!r}.")
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 from bilb.gradient_balancing.algebra import cosines, divide, preference_of, spectrum
 from bilb.gradient_balancing.weighting import gram_weighting
 
@@ -56,7 +56,7 @@ def config(
         Liu, Chu and Thuerey, *ConFIG: towards conflict-free training of physics informed neural
         networks*, arXiv 2408.11104.
     """
-    base.check_number("preference", preference, per_task=True)
+    checks.number("preference", preference, per_task=True)
 
     def weigh(gram, memory, step):
         del step

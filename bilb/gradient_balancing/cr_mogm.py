@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import arguments, base, checks
 
 
 class CRMOGMState(NamedTuple):
@@ -66,14 +66,14 @@ def cr_mogm(
         Zhou et al., *On the convergence of stochastic multi-objective gradient manipulation and
         beyond*, NeurIPS 2022.
     """
-    base.check_number("alpha", alpha, minimum=0, maximum=1, schedule=True)
+    checks.number("alpha", alpha, minimum=0, maximum=1, schedule=True)
     inner = base.as_link(inner)
 
     def init_fn(losses):
-        num_tasks, dtype = base.check_losses(losses)
+        num_tasks, dtype = checks.losses(losses)
         dtype = base.at_least_float32(dtype)
         first = 1 / num_tasks if initial_weights is None else initial_weights
-        first = base.check_per_task("initial_weights", first, num_tasks)
+        first = checks.per_task("initial_weights", first, num_tasks)
         return CRMOGMState(
             step=base.new_step(),
             weights=jnp.array(first, dtype),
@@ -82,15 +82,15 @@ def cr_mogm(
         )
 
     def update_fn(losses, /, state, params=None, *, mask=None, **extra):
-        num_tasks, loss_dtype = base.check_losses(losses)
+        num_tasks, loss_dtype = checks.losses(losses)
         losses = jnp.asarray(losses, base.at_least_float32(loss_dtype))
-        base.check_state(state, jax.eval_shape(init_fn, losses), num_tasks)
+        checks.state(state, jax.eval_shape(init_fn, losses), num_tasks)
         if mask is not None:
-            mask = base.check_mask(mask, num_tasks)
+            mask = checks.mask(mask, num_tasks)
         # A task that the inner method takes for absent keeps its smoothed weight.
-        about = [name for name in base.ABOUT_LOSSES.keys() & extra if extra[name] is not None]
-        current = sorted(name for name in about if not base.ABOUT_LOSSES[name].lagged)
-        mask, given = base.read_arguments(current, extra, mask, num_tasks, losses.dtype)
+        about = [name for name in arguments.ABOUT_LOSSES.keys() & extra if extra[name] is not None]
+        current = sorted(name for name in about if not arguments.ABOUT_LOSSES[name].lagged)
+        mask, given = arguments.read(current, extra, mask, num_tasks, losses.dtype)
         if mask is not None:
             extra |= {**given, "mask": mask}
             losses = jnp.where(mask, losses, 1.0)

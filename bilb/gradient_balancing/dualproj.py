@@ -10,7 +10,7 @@ from typing import Any
 
 import optax
 
-from bilb import base
+from bilb import base, checks
 from bilb.gradient_balancing import solvers
 from bilb.gradient_balancing.algebra import preference_of
 from bilb.gradient_balancing.weighting import gram_weighting
@@ -64,9 +64,9 @@ def dualproj(
         Lopez-Paz and Ranzato, *Gradient episodic memory for continual learning*, arXiv 1706.08840;
         the ridge and the norm: TorchJD 0.18.
     """
-    base.check_number("reg_eps", reg_eps, minimum=0, schedule=True)
-    base.check_number("norm_eps", norm_eps, minimum=0, schedule=True)
-    base.check_number("preference", preference, minimum=0, per_task=True)
+    checks.number("reg_eps", reg_eps, minimum=0, schedule=True)
+    checks.number("norm_eps", norm_eps, minimum=0, schedule=True)
+    checks.number("preference", preference, minimum=0, per_task=True)
 
     def weigh(gram, memory, step):
         ridge, smallest = base.at_step(reg_eps, step), base.at_step(norm_eps, step)

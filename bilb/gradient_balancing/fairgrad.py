@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 from bilb.gradient_balancing import solvers
 from bilb.gradient_balancing.weighting import gram_weighting
 
@@ -56,7 +56,7 @@ def fairgrad(
     References:
         Ban and Ji, *Fair resource allocation in multi-task learning*, arXiv 2402.15638.
     """
-    base.check_number("alpha", alpha, minimum=0, exclusive=True, schedule=True)
+    checks.number("alpha", alpha, minimum=0, exclusive=True, schedule=True)
 
     def weigh(gram, memory, step):
         order = base.at_step(alpha, step)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 
 _SMALLEST_SCALE = 1e-6
 
@@ -92,8 +92,8 @@ def gradnorm(
         Chen et al., *GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep Multitask
         Networks*, arXiv 1711.02257, Algorithm 1.
     """
-    base.check_number("alpha", alpha, minimum=0, schedule=True)
-    base.check_number("base_steps", base_steps, minimum=1)
+    checks.number("alpha", alpha, minimum=0, schedule=True)
+    checks.number("base_steps", base_steps, minimum=1)
     if scheme not in ("softmax", "sum"):
         raise ValueError(f'scheme must be "softmax" or "sum"; got {scheme!r}.')
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 from bilb.gradient_balancing.algebra import random_orders
 from bilb.gradient_balancing.weighting import Gram, gram_weighting
 
@@ -77,8 +77,8 @@ def gradvac(
         Wang et al., *Gradient vaccine: investigating and improving multi-task optimization in
         massively multilingual models*, arXiv 2010.05874.
     """
-    base.check_number("beta", beta, minimum=0, maximum=1, schedule=True)
-    base.check_number("eps", eps, minimum=0, schedule=True)
+    checks.number("beta", beta, minimum=0, maximum=1, schedule=True)
+    checks.number("eps", eps, minimum=0, schedule=True)
 
     def init(num_tasks, dtype):
         return GradVacMemory(base.as_key(key), jnp.zeros((num_tasks, num_tasks), dtype))

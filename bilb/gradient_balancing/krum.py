@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 from bilb.gradient_balancing.weighting import gram_weighting
 
 
@@ -59,8 +59,8 @@ def krum(
         Blanchard et al., *Machine learning with adversaries: Byzantine tolerant gradient descent*,
         NeurIPS 2017.
     """
-    base.check_number("num_byzantine", num_byzantine, minimum=0)
-    base.check_number("num_selected", num_selected, minimum=1)
+    checks.number("num_byzantine", num_byzantine, minimum=0)
+    checks.number("num_selected", num_selected, minimum=1)
 
     def weigh(gram, memory, step):
         del step

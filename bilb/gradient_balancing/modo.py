@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import optax
 
-from bilb import base
+from bilb import base, checks
 from bilb.gradient_balancing.algebra import onto_simplex, uniform
 from bilb.gradient_balancing.weighting import gram_weighting
 
@@ -55,8 +55,8 @@ def modo(
         Chen et al., *Three-way trade-off in multi-objective learning: optimization, generalization
         and conflict-avoidance*, arXiv 2305.20057.
     """
-    base.check_number("gamma", gamma, minimum=0, exclusive=True, schedule=True)
-    base.check_number("rho", rho, minimum=0, schedule=True)
+    checks.number("gamma", gamma, minimum=0, exclusive=True, schedule=True)
+    checks.number("rho", rho, minimum=0, schedule=True)
 
     def weigh(gram, memory, step):
         lam = onto_simplex(memory, gram.present)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 from bilb.gradient_balancing import solvers
 from bilb.gradient_balancing.weighting import gram_weighting
 
@@ -60,8 +60,8 @@ def nash_mtl(
     References:
         Navon et al., *Multi-task learning as a bargaining game*, arXiv 2202.01017.
     """
-    base.check_number("max_norm", max_norm, minimum=0, exclusive=True, schedule=True)
-    base.check_number("every", every, minimum=1)
+    checks.number("max_norm", max_norm, minimum=0, exclusive=True, schedule=True)
+    checks.number("every", every, minimum=1)
 
     def weigh(gram, memory, step):
         weights = solvers.fair_weights(gram.matrix, 1.0, gram.present)

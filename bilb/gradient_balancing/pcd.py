@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 from bilb.gradient_balancing.algebra import cosines, divide
 from bilb.gradient_balancing.interior_point import non_negative_quadratic
 from bilb.gradient_balancing.weighting import gram_weighting
@@ -78,17 +78,17 @@ def pcd(
         *Not all objectives are born equal: priority-constrained descent for hierarchical
         multi-objective optimization*, arXiv 2606.29521.
     """
-    base.check_number("tau", tau, minimum=0, maximum=1, per_task=True)
-    base.check_number("beta", beta, minimum=0, maximum=1, schedule=True)
+    checks.number("tau", tau, minimum=0, maximum=1, per_task=True)
+    checks.number("beta", beta, minimum=0, maximum=1, schedule=True)
     if isinstance(beta, int | float) and beta == 1:
         raise ValueError("beta must be < 1, or nothing is ever learnt; got 1.")
-    base.check_number("eps", eps, minimum=0, schedule=True)
-    base.check_number("primary", primary, minimum=0)
+    checks.number("eps", eps, minimum=0, schedule=True)
+    checks.number("primary", primary, minimum=0)
 
     def init(num_tasks, dtype):
         if primary >= num_tasks:
             raise ValueError(f"primary must be one of {num_tasks} tasks; got {primary}.")
-        base.check_per_task("tau", tau, num_tasks)
+        checks.per_task("tau", tau, num_tasks)
         return PCDMemory(jnp.zeros(num_tasks, dtype), jnp.zeros(num_tasks, dtype))
 
     def weigh(gram, memory, step):
@@ -101,7 +101,7 @@ def pcd(
         lengths = jnp.where(usual > 0, gram.size * norms / jnp.where(usual > 0, usual, 1.0), 0.0)
 
         others = (norms > 0) & (jnp.arange(num_tasks) != primary)
-        share = base.check_per_task("tau", tau, num_tasks).astype(dtype) * lengths
+        share = checks.per_task("tau", tau, num_tasks).astype(dtype) * lengths
         lack = jnp.where(others, share - lengths[primary] * directions[primary], 0.0)
         along = add_progress(directions, lack, others).at[primary].set(lengths[primary])
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 from bilb.gradient_balancing import solvers
 from bilb.gradient_balancing.algebra import equal_weights, onto_simplex, uniform
 from bilb.gradient_balancing.weighting import gram_weighting
@@ -73,11 +73,11 @@ def sdmgrad(
         Xiao, Ban and Ji, *Direction-oriented multi-objective learning: simple and provable
         stochastic algorithms*, arXiv 2305.18409.
     """
-    base.check_number("lamb", lamb, minimum=0, schedule=True)
-    base.check_number("steps", steps, minimum=1)
-    base.check_number("learning_rate", learning_rate, minimum=0, exclusive=True, schedule=True)
-    base.check_number("momentum", momentum, minimum=0, maximum=1, schedule=True)
-    base.check_number("eps", eps, minimum=0, schedule=True)
+    checks.number("lamb", lamb, minimum=0, schedule=True)
+    checks.number("steps", steps, minimum=1)
+    checks.number("learning_rate", learning_rate, minimum=0, exclusive=True, schedule=True)
+    checks.number("momentum", momentum, minimum=0, maximum=1, schedule=True)
+    checks.number("eps", eps, minimum=0, schedule=True)
 
     def weigh(gram, memory, step):
         at_step = lambda value: base.at_step(value, step)

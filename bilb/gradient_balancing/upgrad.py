@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 from bilb.gradient_balancing import solvers
 from bilb.gradient_balancing.algebra import preference_of
 from bilb.gradient_balancing.weighting import gram_weighting
@@ -65,9 +65,9 @@ def upgrad(
     References:
         Quinton and Rey, *Jacobian descent for multi-objective optimization*, arXiv 2406.16232.
     """
-    base.check_number("reg_eps", reg_eps, minimum=0, schedule=True)
-    base.check_number("norm_eps", norm_eps, minimum=0, schedule=True)
-    base.check_number("preference", preference, minimum=0, per_task=True)
+    checks.number("reg_eps", reg_eps, minimum=0, schedule=True)
+    checks.number("norm_eps", norm_eps, minimum=0, schedule=True)
+    checks.number("preference", preference, minimum=0, per_task=True)
 
     def weigh(gram, memory, step):
         ridge, smallest = base.at_step(reg_eps, step), base.at_step(norm_eps, step)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import arguments, base, checks
 
 
 class Gram(NamedTuple):
@@ -107,7 +107,7 @@ def gram_weighting(
     def update_at_times(losses, state, *, mask, gram_fn, **_):
         def renew():
             gram = jax.lax.stop_gradient(jnp.asarray(gram_fn(), losses.dtype))
-            present = base.present(losses, mask) & base.finite_rows(gram, 2)
+            present = base.present(losses, mask) & arguments.finite_rows(gram, 2)
             gram = jnp.where(present[:, None] & present, gram, 0.0)
             new = learn(state, gram, present)
             shapes = lambda k: jax.eval_shape(lambda: init(k, losses.dtype))
@@ -123,7 +123,7 @@ def gram_weighting(
 
 def check_decay(decay: base.Scalar) -> None:
     """Raises ValueError for a decay outside [0, 1)."""
-    base.check_number("decay", decay, minimum=0, maximum=1, schedule=True)
+    checks.number("decay", decay, minimum=0, maximum=1, schedule=True)
     if isinstance(decay, int | float) and decay == 1:
         raise ValueError("decay must be < 1, or nothing is ever learnt; got 1.")
 

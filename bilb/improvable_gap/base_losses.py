@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bilb import base
+from bilb import checks
 
 
 class BaseLosses(NamedTuple):
@@ -29,8 +29,8 @@ class BaseLosses(NamedTuple):
 
 def check(start: Any, steps: Any) -> None:
     """Raises ValueError for a window that begins before update 0 or has no update."""
-    base.check_number("base_start", start, minimum=0)
-    base.check_number("base_steps", steps, minimum=1)
+    checks.number("base_start", start, minimum=0)
+    checks.number("base_steps", steps, minimum=1)
 
 
 def init(num_tasks: int, dtype: Any) -> BaseLosses:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 from bilb.improvable_gap import base_losses as windows
 
 
@@ -78,7 +78,7 @@ def igb_v1(
         arXiv 2307.15429, IGBv1.
     """
     windows.check(base_start, base_steps)
-    base.check_number("floor", floor, minimum=0, exclusive=True)
+    checks.number("floor", floor, minimum=0, exclusive=True)
 
     def init(num_tasks, dtype):
         return IGBv1State(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 from bilb.improvable_gap import base_losses as windows
 from bilb.improvable_gap import sac
 
@@ -170,21 +170,21 @@ def igb_v2(
         arXiv 2307.15429, IGBv2.
     """
     windows.check(base_start, base_steps)
-    base.check_number("warmup_steps", warmup_steps, minimum=0)
-    base.check_number("update_after", update_after, minimum=0)
-    base.check_number("update_every", update_every, minimum=1)
-    base.check_number("num_updates", num_updates, minimum=1)
-    base.check_number("buffer_size", buffer_size, minimum=1)
-    base.check_number("batch_size", batch_size, minimum=2)
-    base.check_number("batch_size * buffer_size", batch_size * buffer_size, maximum=2**30 - 1)
-    base.check_number("reward_scale", reward_scale, minimum=0, schedule=True)
+    checks.number("warmup_steps", warmup_steps, minimum=0)
+    checks.number("update_after", update_after, minimum=0)
+    checks.number("update_every", update_every, minimum=1)
+    checks.number("num_updates", num_updates, minimum=1)
+    checks.number("buffer_size", buffer_size, minimum=1)
+    checks.number("batch_size", batch_size, minimum=2)
+    checks.number("batch_size * buffer_size", batch_size * buffer_size, maximum=2**30 - 1)
+    checks.number("reward_scale", reward_scale, minimum=0, schedule=True)
     for width in hidden:
-        base.check_number("hidden", width, minimum=1)
-    base.check_number("discount", discount, minimum=0, maximum=1)
-    base.check_number("polyak", polyak, minimum=0, maximum=1)
-    base.check_number("initial_temperature", initial_temperature, minimum=0, exclusive=True)
-    base.check_number("clip", clip, minimum=0, exclusive=True)
-    base.check_number("floor", floor, minimum=0, exclusive=True)
+        checks.number("hidden", width, minimum=1)
+    checks.number("discount", discount, minimum=0, maximum=1)
+    checks.number("polyak", polyak, minimum=0, maximum=1)
+    checks.number("initial_temperature", initial_temperature, minimum=0, exclusive=True)
+    checks.number("clip", clip, minimum=0, exclusive=True)
+    checks.number("floor", floor, minimum=0, exclusive=True)
     if log_prob not in ("official", "gaussian"):
         raise ValueError(f'log_prob must be "official" or "gaussian"; got {log_prob!r}.')
     agent_settings = sac.Settings(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 from bilb.loss_balancing import joint
 
 _SMALLEST_NORM = 1e-8
@@ -65,7 +65,7 @@ def cosmos(
         Ruchte and Grabocka, *Scalable Pareto Front Approximation for Deep Multi-Objective
         Learning*, arXiv 2103.13392.
     """
-    base.check_number("penalty", penalty, minimum=0, schedule=True)
+    checks.number("penalty", penalty, minimum=0, schedule=True)
 
     def formula(losses, preference, step, mask):
         del mask

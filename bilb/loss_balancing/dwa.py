@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 from bilb.loss_balancing import joint
 
 
@@ -92,8 +92,8 @@ def dwa(
     References:
         Liu et al., *End-to-End Multi-Task Learning with Attention*, arXiv 1803.10704.
     """
-    base.check_number("temperature", temperature, minimum=0, exclusive=True, schedule=True)
-    base.check_number("window", window, minimum=1)
+    checks.number("temperature", temperature, minimum=0, exclusive=True, schedule=True)
+    checks.number("window", window, minimum=1)
     if reduction not in ("sum", "mean"):
         raise ValueError(f'reduction must be "sum" or "mean"; got {reduction!r}.')
 
@@ -101,7 +101,7 @@ def dwa(
         if transform is None:
             return losses
         values = transform(losses)
-        base.check_shape(values, losses.shape, "transform must return an entry per task.")
+        checks.shape(values, losses.shape, "transform must return an entry per task.")
         return values
 
     def initial_weights(num_tasks, dtype):

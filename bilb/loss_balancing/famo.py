@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 
 _EPSILON = 1e-8
 
@@ -80,8 +80,8 @@ def famo(
     References:
         Liu et al., *FAMO: Fast Adaptive Multitask Optimization*, 2023, Algorithm 1.
     """
-    base.check_number("gamma", gamma, minimum=0, schedule=True)
-    base.check_number("min_losses", min_losses, per_task=True)
+    checks.number("gamma", gamma, minimum=0, schedule=True)
+    checks.number("min_losses", min_losses, per_task=True)
     if optimizer is None:
         gamma = 1e-3 if gamma is None else gamma
         optimizer = optax.chain(optax.add_decayed_weights(gamma), optax.adam(0.025))
@@ -93,7 +93,7 @@ def famo(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init(num_tasks, dtype):
-        base.check_per_task("min_losses", min_losses, num_tasks)
+        checks.per_task("min_losses", min_losses, num_tasks)
         logits = jnp.zeros(num_tasks, dtype)
         return FAMOState(
             step=base.new_step(),
@@ -105,7 +105,7 @@ def famo(
         )
 
     def above_bound(losses):
-        bounds = base.check_per_task("min_losses", min_losses, losses.shape[0])
+        bounds = checks.per_task("min_losses", min_losses, losses.shape[0])
         return base.at_least(losses - bounds, 0.0) + _EPSILON
 
     def learn(state, losses_after, taught):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 
 
 class GeometricMeanState(NamedTuple):
@@ -53,7 +53,7 @@ def geometric_mean(floor: float | jax.Array = 1e-8) -> optax.GradientTransformat
         Chennupati et al., *MultiNet++: Multi-Stream Feature Aggregation and Geometric Loss Strategy
         for Multi-Task Learning*, arXiv 1904.08492.
     """
-    base.check_number("floor", floor, minimum=0, exclusive=True)
+    checks.number("floor", floor, minimum=0, exclusive=True)
 
     def init(num_tasks, dtype):
         return GeometricMeanState(jnp.ones(num_tasks, dtype))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 
 
 def scalarization(
@@ -30,8 +30,8 @@ def scalarization(
             present tasks.
         reference: z.
     """
-    base.check_number("preference", preference, minimum=0, per_task=True, schedule=True)
-    base.check_number("reference", reference, per_task=True, schedule=True)
+    checks.number("preference", preference, minimum=0, per_task=True, schedule=True)
+    checks.number("reference", reference, per_task=True, schedule=True)
     default = preference
 
     def of_tasks(losses, preference, mask, step):
@@ -41,7 +41,7 @@ def scalarization(
         pair = {"reference": reference, "preference": preference}
         num_tasks = losses.shape[0]
         return [
-            base.check_per_task(name, value, num_tasks, step).astype(losses.dtype)
+            checks.per_task(name, value, num_tasks, step).astype(losses.dtype)
             for name, value in pair.items()
         ]
 
@@ -51,7 +51,7 @@ def scalarization(
         return state_type(step, ones)
 
     def update(losses, state, *, mask, preference=None, **_):
-        base.check_number("preference", preference, minimum=0, per_task=True)
+        checks.number("preference", preference, minimum=0, per_task=True)
         z, lamb = of_tasks(losses, preference, mask, state.step)
         present = base.present(losses, mask)
         u = jnp.where(present, jax.lax.stop_gradient(losses) - z, 0.0)
@@ -122,7 +122,7 @@ def learnt_exponents(
         initial: initial s, one number or (K,).
         optimizer: Optax optimiser of s.
     """
-    base.check_number("initial", initial, per_task=True)
+    checks.number("initial", initial, per_task=True)
     optimizer = optax.with_extra_args_support(optimizer)
 
     def bounded(s):
@@ -130,7 +130,7 @@ def learnt_exponents(
         return jnp.clip(s, -bound, bound)
 
     def init(num_tasks, dtype):
-        initial_s = base.check_per_task("initial", initial, num_tasks)
+        initial_s = checks.per_task("initial", initial, num_tasks)
         s = bounded(jnp.array(initial_s, dtype, copy=True))
         return state_type(s, weight(s), optimizer.init(s))
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 
 
 class LinearScalarizationState(NamedTuple):
@@ -47,15 +47,15 @@ def linear_scalarization(
         [2. 3.] [1.  0.1]
     """
     weights = 1.0 if weights is None else weights
-    base.check_number("weights", weights, minimum=0, per_task=True, schedule=True)
+    checks.number("weights", weights, minimum=0, per_task=True, schedule=True)
 
     def init(num_tasks, dtype):
         step = base.new_step()
-        values = base.check_per_task("weights", weights, num_tasks, step)
+        values = checks.per_task("weights", weights, num_tasks, step)
         return LinearScalarizationState(step, jnp.array(values, dtype, copy=True))
 
     def update(losses, state, **_):
-        values = base.check_per_task("weights", weights, losses.shape[0], state.step)
+        values = checks.per_task("weights", weights, losses.shape[0], state.step)
         return values * losses, LinearScalarizationState(
             optax.safe_increment(state.step), values.astype(losses.dtype)
         )

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 from bilb.loss_balancing import joint
 
 _SMOOTHING = 1e-6  # its square is under the root, as in TorchJD
@@ -71,7 +71,7 @@ def pbi(
         Zhang and Li, *MOEA/D: A Multiobjective Evolutionary Algorithm Based on Decomposition*,
         IEEE Transactions on Evolutionary Computation 11(6), 2007.
     """
-    base.check_number("penalty", penalty, minimum=0, schedule=True)
+    checks.number("penalty", penalty, minimum=0, schedule=True)
 
     def formula(u, preference, step, mask):
         del mask

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 
 
 class RLWState(NamedTuple):
@@ -70,7 +70,7 @@ def rlw(
     def update(losses, state, *, mask, **_):
         key, subkey = jax.random.split(state.key)
         logits = sample(subkey, losses.shape, losses.dtype)
-        base.check_shape(logits, losses.shape, "sample must return a logit per task.")
+        checks.shape(logits, losses.shape, "sample must return a logit per task.")
         total = base.num_present(losses, mask) if sum_to == "tasks" else 1
         weights = total * jax.nn.softmax(logits, where=mask)
         return weights * losses, RLWState(key, weights)

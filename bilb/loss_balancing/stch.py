@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 from bilb.loss_balancing import joint
 
 
@@ -76,7 +76,7 @@ def stch(
         Lin et al., *Smooth Tchebycheff Scalarization for Multi-Objective Optimization*,
         arXiv 2402.19078.
     """
-    base.check_number("mu", mu, minimum=0, exclusive=True, schedule=True)
+    checks.number("mu", mu, minimum=0, exclusive=True, schedule=True)
 
     def formula(u, preference, step, mask):
         smoothing = base.at_step(mu, step)
@@ -140,10 +140,10 @@ def stch_nadir(
         Lin et al., *Smooth Tchebycheff Scalarization for Multi-Objective Optimization*,
         arXiv 2402.19078, multi-task experiments of the official code.
     """
-    base.check_number("mu", mu, minimum=0, exclusive=True, schedule=True)
-    base.check_number("warmup_steps", warmup_steps, minimum=0)
-    base.check_number("nadir_steps", nadir_steps, minimum=1)
-    base.check_number("floor", floor, minimum=0, exclusive=True)
+    checks.number("mu", mu, minimum=0, exclusive=True, schedule=True)
+    checks.number("warmup_steps", warmup_steps, minimum=0)
+    checks.number("nadir_steps", nadir_steps, minimum=1)
+    checks.number("floor", floor, minimum=0, exclusive=True)
 
     def init(num_tasks, dtype):
         return STCHNadirState(

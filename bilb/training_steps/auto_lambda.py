@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 from bilb.training_steps.step import move, training_losses, training_step, virtual_step
 
 
@@ -83,15 +83,15 @@ def auto_lambda(
     References:
         Liu et al., *Auto-Lambda: Disentangling Dynamic Task Relationships*, arXiv 2202.03091.
     """
-    base.check_number(
+    checks.number(
         "inner_learning_rate", inner_learning_rate, minimum=0, exclusive=True, schedule=True
     )
-    base.check_number("primary", primary, per_task=True)
-    base.check_number("initial", initial, minimum=0, per_task=True)
+    checks.number("primary", primary, per_task=True)
+    checks.number("initial", initial, minimum=0, per_task=True)
 
     def init(params, num_tasks, dtype):
-        base.check_per_task("primary", primary, num_tasks)
-        weights = jnp.array(base.check_per_task("initial", initial, num_tasks), dtype, copy=True)
+        checks.per_task("primary", primary, num_tasks)
+        weights = jnp.array(checks.per_task("initial", initial, num_tasks), dtype, copy=True)
         return AutoLambdaState(
             step=base.new_step(),
             weights=weights,
@@ -103,7 +103,7 @@ def auto_lambda(
         rate = base.at_step(inner_learning_rate, state.step)
         ahead = virtual_step(task_losses, params, state.weights, rate, batch, validation_batch)
         hypergradient = ahead.hypergradient(
-            base.check_per_task("primary", primary, state.weights.shape[0])
+            checks.per_task("primary", primary, state.weights.shape[0])
         )
         weights, weights_opt_state = move(
             weights_optimizer, hypergradient, state.weights, state.weights_opt_state

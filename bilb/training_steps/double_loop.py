@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 from bilb.bilevel import discrepancies, routers
 from bilb.bilevel.bilb4mtl import balanced_losses
 from bilb.training_steps.step import descend, move, training_step
@@ -98,8 +98,8 @@ def bilb4mtl_double_loop(
         Xiao et al., arXiv 2502.08585, Algorithm 1; the first-order penalty is that of Kwon et al.,
         2023.
     """
-    base.check_number("inner_steps", inner_steps, minimum=0)
-    base.check_number("penalty", penalty, minimum=0, schedule=True)
+    checks.number("inner_steps", inner_steps, minimum=0)
+    checks.number("penalty", penalty, minimum=0, schedule=True)
     balance = balanced_losses(router, discrepancy, weighted=weighted, divisor=divisor)
 
     def init(params, num_tasks, dtype):

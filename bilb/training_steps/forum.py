@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base, grams, jacobian
+from bilb import base, checks, grams, jacobian
 from bilb.gradient_balancing import solvers
 from bilb.training_steps.step import descend, move, training_losses, training_step
 
@@ -98,12 +98,12 @@ def forum(
         Ye et al., *A First-Order Multi-Gradient Algorithm for Multi-Objective Bi-Level
         Optimization*, arXiv 2401.09257, Algorithm 1.
     """
-    base.check_number(
+    checks.number(
         "inner_learning_rate", inner_learning_rate, minimum=0, exclusive=True, schedule=True
     )
-    base.check_number("inner_steps", inner_steps, minimum=1)
-    base.check_number("rho", rho, minimum=0, schedule=True)
-    base.check_number("averaging", averaging, minimum=0, maximum=1, schedule=True)
+    checks.number("inner_steps", inner_steps, minimum=1)
+    checks.number("rho", rho, minimum=0, schedule=True)
+    checks.number("averaging", averaging, minimum=0, maximum=1, schedule=True)
 
     def init(params, num_tasks, dtype):
         logits = jnp.zeros(num_tasks, dtype)

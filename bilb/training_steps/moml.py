@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base, grams
+from bilb import base, checks, grams
 from bilb.gradient_balancing import solvers
 from bilb.training_steps.step import move, training_losses, training_step, virtual_step
 
@@ -83,7 +83,7 @@ def moml(
     References:
         Ye et al., *Multi-Objective Meta Learning*, NeurIPS 2021, Algorithm 1, arXiv 2102.07121.
     """
-    base.check_number(
+    checks.number(
         "inner_learning_rate", inner_learning_rate, minimum=0, exclusive=True, schedule=True
     )
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import optax
 
-from bilb import base, jacobian
+from bilb import base, checks, jacobian
 
 
 def training_step(
@@ -31,7 +31,7 @@ def training_step(
 
     def init_fn(params, *args):
         losses = jax.eval_shape(task_losses, params, *args)
-        num_tasks, dtype = base.check_losses(losses)
+        num_tasks, dtype = checks.losses(losses)
         return init(params, num_tasks, base.at_least_float32(dtype))
 
     def update_fn(params, state, *args):

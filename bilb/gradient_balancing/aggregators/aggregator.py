@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base, jacobian
+from bilb import arguments, base, checks, jacobian
 from bilb import grams as gram_engines
 
 
@@ -50,7 +50,7 @@ def aggregator(
         head_weights: ``state after the step -> `` the weights (K,) under which the gradients of
             the other parameters are summed; 1 for all if None.
     """
-    base.check_number("num_tasks", num_tasks, minimum=1)
+    checks.number("num_tasks", num_tasks, minimum=1)
 
     def init_fn(params):
         return init(num_tasks, _where(shared, params))
@@ -90,7 +90,7 @@ def aggregator(
         shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(task_gradients)]
         count = num_tasks or next((shape[0] for shape in shapes if shape), 1)
         jacobian.check_task_gradients(task_gradients, params, count)
-        present = jnp.ones(count, bool) if mask is None else base.check_mask(mask, count)
+        present = jnp.ones(count, bool) if mask is None else checks.mask(mask, count)
         for leaf in jax.tree.leaves(task_gradients):
             present &= jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim)))
         return present
@@ -99,10 +99,10 @@ def aggregator(
         if not reads_losses:
             return None
         if losses is None:
-            raise base.missing("losses", name)
+            raise arguments.missing("losses", name)
         losses = jnp.asarray(losses)
-        base.check_losses(losses)
-        base.check_shape(losses, present.shape, "losses must have an entry per task.")
+        checks.losses(losses)
+        checks.shape(losses, present.shape, "losses must have an entry per task.")
         return losses.astype(base.at_least_float32(losses.dtype))
 
     def _specification(count, rows):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base, jacobian
+from bilb import base, checks, jacobian
 from bilb.gradient_balancing.aggregators import aggregator
 
 
@@ -77,9 +77,9 @@ def db_mtl(
     References:
         Lin et al., *Dual-Balancing for Multi-Task Learning*, arXiv 2308.12029.
     """
-    base.check_number("decay", decay, minimum=0, maximum=1, schedule=True)
-    base.check_number("sigma", sigma, minimum=0, schedule=True)
-    base.check_number("eps", eps, minimum=0, exclusive=True)
+    checks.number("decay", decay, minimum=0, maximum=1, schedule=True)
+    checks.number("sigma", sigma, minimum=0, schedule=True)
+    checks.number("eps", eps, minimum=0, exclusive=True)
 
     def init(num_tasks, params):
         return DBMTLState(

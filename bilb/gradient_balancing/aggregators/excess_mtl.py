@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base, jacobian
+from bilb import base, checks, jacobian
 from bilb.gradient_balancing.aggregators import aggregator
 
 
@@ -82,8 +82,8 @@ def excess_mtl(
     References:
         He et al., *Robust Multi-Task Learning with Excess Risks*, arXiv 2402.02009.
     """
-    base.check_number("step_size", step_size, minimum=0, exclusive=True, schedule=True)
-    base.check_number("warmup_steps", warmup_steps, minimum=0)
+    checks.number("step_size", step_size, minimum=0, exclusive=True, schedule=True)
+    checks.number("warmup_steps", warmup_steps, minimum=0)
     jacobian.check_heads(heads)
 
     def init(num_tasks, params):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 from bilb.gradient_balancing.aggregators import aggregator
 
 
@@ -67,7 +67,7 @@ def graddrop(
         Chen et al., *Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign
         Dropout*, arXiv 2010.06808.
     """
-    base.check_number("leak", leak, minimum=0, maximum=1, per_task=True, schedule=False)
+    checks.number("leak", leak, minimum=0, maximum=1, per_task=True, schedule=False)
 
     def init(num_tasks, params):
         del num_tasks, params
@@ -76,7 +76,7 @@ def graddrop(
     def aggregate(rows, state, *, present, losses):
         del losses
         key, subkey = jax.random.split(state.key)
-        leaks = base.check_per_task("leak", leak, present.shape[0])
+        leaks = checks.per_task("leak", leak, present.shape[0])
         leaves, structure = jax.tree.flatten(rows)
         keys = jax.random.split(subkey, max(len(leaves), 1))
         kept = [

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base, jacobian
+from bilb import base, checks, jacobian
 from bilb import grams as gram_engines
 from bilb.gradient_balancing.aggregators import aggregator
 
@@ -90,11 +90,11 @@ def moco(
         Fernando et al., *Mitigating Gradient Bias in Multi-objective Learning: A Provably
         Convergent Approach*, arXiv 2210.12624.
     """
-    base.check_number("beta", beta, minimum=0, maximum=1, schedule=True)
-    base.check_number("beta_sigma", beta_sigma, minimum=0, schedule=True)
-    base.check_number("gamma", gamma, minimum=0, schedule=True)
-    base.check_number("gamma_sigma", gamma_sigma, minimum=0, schedule=True)
-    base.check_number("rho", rho, minimum=0, schedule=True)
+    checks.number("beta", beta, minimum=0, maximum=1, schedule=True)
+    checks.number("beta_sigma", beta_sigma, minimum=0, schedule=True)
+    checks.number("gamma", gamma, minimum=0, schedule=True)
+    checks.number("gamma_sigma", gamma_sigma, minimum=0, schedule=True)
+    checks.number("rho", rho, minimum=0, schedule=True)
     if scheme not in ("softmax", "projection"):
         raise ValueError(f'scheme must be "softmax" or "projection"; got {scheme!r}.')
 

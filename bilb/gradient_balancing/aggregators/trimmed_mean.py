@@ -9,8 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 from bilb.gradient_balancing.aggregators import aggregator
+
+# Up to so many extremes are kept in order row by row, many times faster than a sort.
+_FEW = 8
+_UNROLL = 64
 
 
 def trimmed_mean(trim: int, *, shared: base.PyTree = True) -> optax.GradientTransformationExtraArgs:
@@ -48,7 +52,7 @@ def trimmed_mean(trim: int, *, shared: base.PyTree = True) -> optax.GradientTran
         Yin et al., *Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates*,
         arXiv 1803.01498.
     """
-    base.check_number("trim", trim, minimum=0)
+    checks.number("trim", trim, minimum=0)
 
     def init(num_tasks, params):
         del num_tasks, params
@@ -63,15 +67,74 @@ def trimmed_mean(trim: int, *, shared: base.PyTree = True) -> optax.GradientTran
             )
         count = present.sum()
         cut = jnp.minimum(trim, jnp.maximum(count - 1, 0) // 2)
-        rank = jnp.arange(present.shape[0])
-        inside = (rank >= cut) & (rank < count - cut)
+        kept = jnp.maximum(count - 2 * cut, 1)
 
         def mean(leaf):
-            # Absent tasks are sorted behind all others.
-            absent_last = jnp.where(aggregator.per_task(present, leaf), leaf, jnp.inf)
-            kept = jnp.where(aggregator.per_task(inside, leaf), jnp.sort(absent_last, axis=0), 0)
-            return jnp.sum(kept / jnp.maximum(count - 2 * cut, 1).astype(leaf.dtype), axis=0)
+            low, high = bounds(leaf, present, trim, cut)
+
+            def add(carry, task):
+                total, below, above = carry
+                row, is_present = task
+                # Each is divided before they are added up, so that no sum is larger than its parts.
+                inside = is_present & (row > low) & (row < high)
+                total = total + jnp.where(inside, row / kept.astype(leaf.dtype), 0)
+                below = below + jnp.where(is_present & (row <= low), one, 0)
+                above = above + jnp.where(is_present & (row >= high), one, 0)
+                return (total, below, above), None
+
+            one, none = jnp.ones((), leaf.dtype), jnp.zeros_like(leaf[0])
+            first = (none, none, none)
+            (total, below, above), _ = jax.lax.scan(add, first, (leaf, present), unroll=_UNROLL)
+            # Of those as large as a bound, some are trimmed and some kept.
+            share = lambda number: (number - cut.astype(leaf.dtype)) / kept.astype(leaf.dtype)
+            ties = jnp.where(cut > 0, share(below) * low + share(above) * high, 0)
+            return jnp.where(low == high, low, total + ties)
 
         return jax.tree.map(mean, rows), state
 
     return aggregator.aggregator("trimmed_mean", init, aggregate, shared=shared)
+
+
+def bounds(
+    leaf: jax.Array, present: jax.Array, trim: int, cut: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the ``cut``-th smallest and largest entry over tasks at each coordinate.
+
+    Args:
+        leaf: (K, *shape).
+        present: (K,) bool; the entries of other tasks do not count.
+        trim: at least ``cut``; static.
+        cut: (), 0 for -inf and inf.
+    """
+    if trim == 0:
+        return jnp.full_like(leaf[0], -jnp.inf), jnp.full_like(leaf[0], jnp.inf)
+    last = lambda row, is_present: jnp.where(is_present, row, jnp.inf)
+    if trim > _FEW:
+        per_task = aggregator.per_task(present, leaf)
+        smallest = jnp.sort(last(leaf, per_task), axis=0)[:trim]
+        largest = jnp.sort(last(-leaf, per_task), axis=0)[:trim]
+    else:
+
+        def insert(carry, task):
+            row, is_present = task
+            smallest, largest = carry
+            return (
+                put(smallest, last(row, is_present)),
+                put(largest, last(-row, is_present)),
+            ), None
+
+        first = [jnp.full_like(leaf[0], jnp.inf)] * trim
+        unroll = max(_UNROLL // trim, 1)
+        scan = jax.lax.scan(insert, (first, first), (leaf, present), unroll=unroll)
+        smallest, largest = map(jnp.stack, scan[0])
+    at_cut = lambda entries: jnp.where(cut > 0, entries[jnp.maximum(cut - 1, 0)], -jnp.inf)
+    return at_cut(smallest), -at_cut(largest)
+
+
+def put(ordered: list[jax.Array], row: jax.Array) -> list[jax.Array]:
+    """Puts a row in order among the smallest so far, dropping the largest of all."""
+    new = []
+    for entries in ordered:
+        new.append(jnp.minimum(entries, row))
+        row = jnp.maximum(entries, row)
+    return new
