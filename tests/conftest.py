@@ -68,11 +68,15 @@ def pytest_runtest_protocol(item):
 
 
 def oracle_names(pattern):
-    """Returns the names, without suffix, of the recorded files that match, for parametrisation."""
+    """Returns the names, without suffix, of the recorded files that match, for parametrisation.
+
+    Tests on files beyond the small copy are slow ones.
+    """
     names = sorted(path.stem for path in ORACLES.glob(f"{pattern}.npz"))
     if not names:
         raise FileNotFoundError(f"no {pattern}.npz in {ORACLES}")
-    return names
+    marks = lambda name: [] if (TESTS / "data" / f"{name}.npz").exists() else [pytest.mark.slow]
+    return [pytest.param(name, marks=marks(name)) for name in names]
 
 
 @functools.cache

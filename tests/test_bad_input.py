@@ -12,7 +12,7 @@ from contract import example_losses
 from methods import METHODS, NUM_FEATURES, Network, features
 
 import bilb
-from bilb.base import ABOUT_LOSSES
+from bilb.arguments import ABOUT_LOSSES
 from bilb.chain import Chain
 
 K = 5

@@ -9,7 +9,6 @@ import optax
 import pytest
 from contract import (
     assert_close,
-    assert_equal,
     assert_finite,
     compiled,
     example_losses,
@@ -77,11 +76,11 @@ def test_dtypes_are_kept_in_float64(method, init_dtype, dtype):
 @every_method
 def test_half_precision_rounds_only_what_comes_out(method):
     state, losses = warm(method, K)
-    transformation, update = compiled(method, K)
+    _, update = compiled(method, K)
     halve = lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree)
     widen = lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
     half, extra = halve((losses, method.extra(losses)))
-    balanced, half_state = transformation.update(half, state, **method.keywords(extra))
+    balanced, half_state, _ = update(half, state, extra=extra)
     expected, expected_state, _ = update(*widen((half,)), state, extra=widen(extra))
     # In an optax.chain every link rounds what it passes on, hence not closer.
     tolerance = dict(rtol=2**-7, atol=1e-3)
@@ -94,7 +93,9 @@ def test_float64_numbers_of_numpy_are_float32_unless_asked_for(method):
     transformation, _ = compiled(method, K)
     losses = np.linspace(0.5, 2.0, K)
     extra = method.keywords(method.extra(jnp.ones(K)))
-    balanced, state = transformation.update(losses, transformation.init(losses), **extra)
+    state = transformation.init(losses)
+    # As in an eager call, what is given reaches the update as it is.
+    balanced, state = jax.eval_shape(lambda: transformation.update(losses, state, **extra))
     assert balanced.dtype == jnp.float32
     assert specification(state) == specification(transformation.init(jnp.ones(K)))
 
@@ -135,11 +136,12 @@ def test_sum_is_the_objective_and_each_entry_is_its_tasks_alone(method):
 @every_method
 def test_jit_equals_eager_and_compiles_once(method):
     """The compiled program has a mask of all tasks, the eager call none: both mean the same."""
-    compiled.cache_clear()
     transformation, update = compiled(method, K)
     losses = example_losses(3, K)
+    train(transformation, update, losses[:1])
+    programs = update.cache_size()
     jitted = train(transformation, update, losses)
-    assert update.cache_size() == 1
+    assert update.cache_size() == programs >= 1
     assert_close(train(transformation, method.step(transformation), losses), jitted)
 
 
@@ -204,8 +206,12 @@ def test_unknown_extra_arguments_are_ignored(method):
     transformation = method.make(K)
     losses = example_losses(K)
     state = transformation.init(losses)
-    more = method.update(transformation, losses, state, value=3.0, value_fn=print, tag="x")
-    assert_equal(more, method.update(transformation, losses, state))
+
+    def program(**more):
+        update = lambda losses, state: method.update(transformation, losses, state, **more)
+        return str(jax.make_jaxpr(update)(losses, state))
+
+    assert program(value=3.0, value_fn=print, tag="x") == program()
 
 
 @every_method
@@ -216,7 +222,7 @@ def test_optax_chain_in_front_and_behind(method):
     given = lambda losses: method.keywords(method.extra(losses))
     if method.about_losses(K):
         chain = optax.chain(optax.scale(0.5), transformation)
-    update_chain = lambda losses, state: chain.update(losses, state, **given(losses / 2))
+    update_chain = jit(lambda losses, state: chain.update(losses, state, **given(losses / 2)))
     chained, chain_state = train(chain, update_chain, losses)
     balanced, state = train(transformation, update, losses / 2)
     factor = 1 if method.about_losses(K) else 3
@@ -250,6 +256,7 @@ def test_finite_losses_stay_finite_in_float32(method, losses):
     assert_finite(update(second, state))
 
 
+@pytest.mark.slow
 @pytest.mark.x64
 @every_method
 @settings(max_examples=25)

@@ -87,12 +87,7 @@ def cr_mogm(
         checks.state(state, jax.eval_shape(init_fn, losses), num_tasks)
         if mask is not None:
             mask = checks.mask(mask, num_tasks)
-        # A task that the inner method takes for absent keeps its smoothed weight.
-        about = [name for name in arguments.ABOUT_LOSSES.keys() & extra if extra[name] is not None]
-        current = sorted(name for name in about if not arguments.ABOUT_LOSSES[name].lagged)
-        mask, given = arguments.read(current, extra, mask, num_tasks, losses.dtype)
-        if mask is not None:
-            extra |= {**given, "mask": mask}
+            extra["mask"] = mask
             losses = jnp.where(mask, losses, 1.0)
 
         def objective(losses):
@@ -101,6 +96,11 @@ def cr_mogm(
 
         weights, new = jax.grad(objective, has_aux=True)(jax.lax.stop_gradient(losses))
         weights = weights.astype(state.weights.dtype)
+        # A task that the inner method took for absent keeps its smoothed weight.
+        known = arguments.ABOUT_LOSSES
+        told = sorted(n for n in known.keys() & extra if not known[n].lagged and known[n].axes)
+        told = [name for name in told if extra[name] is not None]
+        mask, _ = arguments.read(told, extra, mask, num_tasks, losses.dtype)
         moves = base.usable(weights, mask)
         old = base.at_step(alpha, state.step)
         smooth = jnp.where(state.started, old * state.weights + (1 - old) * weights, weights)
