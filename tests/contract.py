@@ -12,8 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from bilb import arguments
+
+
+def mostly_slow(values, fast):
+    """Returns values for parametrisation; the tests of all but the ``fast`` ones are slow."""
+    marks = lambda value: () if value in fast else pytest.mark.slow
+    return [pytest.param(value, marks=marks(value)) for value in values]
+
 
 # Most of what tests over all methods do is to compile; their programs are too small to optimise.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -134,12 +134,10 @@ DOCUMENTED = {
     **{(m, "all 0"): "zero" for m in METHODS if m not in ("moco", "db_mtl")},
     # Methods that read no gradients cannot leave one out: mask the task, or optax.apply_if_finite.
     **{(m, c): "nan" for m in BLIND for c in ("NaN", "Inf")},
-    # Weights smoothed over time go on for a task that the inner method leaves out.
-    **{("cr_mogm", c): "nan" for c in ("NaN", "Inf")},
     # A gradient of zero is Pareto stationary by itself.
     ("mgda", "zero row"): "zero",
     # Squared norms leave float32: such gradients count as absent tasks, or as zero.
-    **{(m, "x 1e20"): "zero" for m in READING if m != "cr_mogm"},
+    **{(m, "x 1e20"): "zero" for m in READING},
     **{
         (m, "x 1e-20"): "zero"
         for m in ("nash_mtl", "fairgrad", "imtl_g", "config", "pcd", "log+igb_v1+nash_mtl")

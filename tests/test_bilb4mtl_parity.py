@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from conftest import oracle, oracle_names, relative_deviation
+from contract import mostly_slow
 
 import bilb
 
@@ -167,7 +168,7 @@ def static_sizes():
     return sorted({int(key.split("_")[0][1:]) for key in oracle("f1_ldc_static")})
 
 
-@pytest.mark.parametrize("num_tasks", static_sizes())
+@pytest.mark.parametrize("num_tasks", mostly_slow(static_sizes(), fast=[3]))
 @pytest.mark.parametrize("form", FORMS)
 def test_objective_and_its_gradients(form, num_tasks):
     arrays = oracle("f1_ldc_static")

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import jit
+from contract import jit, mostly_slow
 from methods import METHODS
 
 import bilb
@@ -111,7 +111,7 @@ CHAINED = [
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("front", FRONTS)
+@pytest.mark.parametrize("front", mostly_slow(FRONTS, fast=["log", "log-igb_v1"]))
 @pytest.mark.parametrize("method", CHAINED, ids=str)
 def test_both_drivers_train_as_the_method_on_losses_transformed_by_hand(method, front):
     links = [link() for link in FRONTS[front][0]]

@@ -63,6 +63,7 @@ def test_dtypes_are_kept_and_statistics_are_float32_at_least(method, init_dtype,
     check_dtypes(method, init_dtype, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.x64
 @every_method
 @pytest.mark.parametrize(

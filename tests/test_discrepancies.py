@@ -109,6 +109,7 @@ def test_all_gaps_zero_gives_zero_and_no_derivative(name, options):
         np.testing.assert_allclose(derivative, 0, atol=1e-15)
 
 
+@pytest.mark.slow
 @every_discrepancy
 def test_none_or_one_task_gives_zero(name, options):
     function = functools.partial(getattr(discrepancies, name), **options)
@@ -131,6 +132,7 @@ def test_mean_counts_gaps_and_pairs():
     assert discrepancies.pairwise(u, mean=True) * 6 == discrepancies.pairwise(u)
 
 
+@pytest.mark.slow
 def test_pairwise_of_many_tasks_sorts_rather_than_compares_all():
     u = jax.random.normal(jax.random.key(0), (1000,))
     expected = jnp.abs(u[:, None] - u).sum() / 2

@@ -18,6 +18,7 @@ import optax
 import pytest
 import qm9
 import report
+from contract import mostly_slow
 
 import bilb
 
@@ -153,7 +154,12 @@ class TestTraining:
         assert (run.losses[:, -1] < 0.8 * run.losses[:, 0]).all()
         assert (run.errors[0] != run.errors[1]).any()
 
-    @pytest.mark.parametrize("method", [*balancers.METHODS, *balancers.AGGREGATORS])
+    @pytest.mark.parametrize(
+        "method",
+        mostly_slow(
+            [*balancers.METHODS, *balancers.AGGREGATORS], fast=["marigold", "mgda", "graddrop"]
+        ),
+    )
     def test_every_method_can_be_trained(self, method):
         """Traces the training of every method; compiling them all would take minutes."""
         problem = small_problem()
@@ -211,6 +217,7 @@ class TestTraining:
         np.testing.assert_allclose(run.weights, 1 / run.losses, rtol=1e-5)
         assert experiment.train(small_problem(), "STL-log", seeds=2).weights is None
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("method", "objective"),
         [
@@ -267,6 +274,7 @@ class TestTraining:
             assert (before[..., :2] == after[..., :2]).all() == independent
             assert (before[..., 2] != after[..., 2]).any()
 
+    @pytest.mark.slow
     def test_one_compilation_per_method_whatever_the_penalty(self):
         problem = small_problem(hidden=(7,))
         start = experiment.continue_training._cache_size()

@@ -167,6 +167,7 @@ def recorded_draws(arrays, batch_size):
     return jnp.array(warmup), jnp.array(action), jnp.array(first), updates
 
 
+@pytest.mark.slow
 @pytest.mark.x64
 def test_recorded_v2():
     arrays = oracle("f2_igbv2_run_K3")
@@ -383,6 +384,7 @@ class TestV2:
         np.testing.assert_allclose(rows.rewards[:9], factors * gap.min(1), rtol=1e-5)
         assert not rows.rewards[9:].any()
 
+    @pytest.mark.slow
     def test_weights(self):
         losses = random_losses(20)
         _, (balanced, weights) = play(compiled(small), losses)
@@ -410,6 +412,7 @@ class TestV2:
         jacobian = jax.jacrev(lambda row: update(row, state)[0])(losses[9])
         np.testing.assert_allclose(jacobian, jnp.diag(new.weights / losses[9]), rtol=1e-5)
 
+    @pytest.mark.slow
     def test_mask(self):
         losses = random_losses(9)
         _, update = compiled(small)

@@ -238,6 +238,7 @@ def task_losses(params, x, y):
     return jnp.mean((hidden @ params["head_w"].T + params["head_b"] - y) ** 2, axis=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["f3_traj_K3", "f3_traj_K5"])
 @pytest.mark.parametrize("name", TRAINED)
 def test_trains_a_model_as_recorded(file, name):

@@ -10,7 +10,7 @@ import optax
 import pytest
 import toy
 from conftest import oracle, oracle_names
-from contract import jit
+from contract import jit, mostly_slow
 
 import bilb
 from bilb.bilevel import lower_levels
@@ -103,7 +103,9 @@ def test_many_inner_steps_end_at_the_point_of_mgda(seed, num_tasks, width):
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("scheme", ["projection", "exponentiated", "softmax"])
+@pytest.mark.parametrize(
+    "scheme", mostly_slow(["projection", "exponentiated", "softmax"], fast=["softmax"])
+)
 @pytest.mark.parametrize(("seed", "num_tasks", "width"), SIZES)
 def test_single_loop_ends_pareto_stationary(seed, num_tasks, width, scheme):
     task_losses, _, x = quadratics(seed, num_tasks, width)
@@ -338,6 +340,7 @@ SOLVED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.x64
 @pytest.mark.parametrize("lower", SOLVED)
 def test_lower_levels_end_where_the_gradient_balancing_methods_are(lower):
@@ -429,7 +432,7 @@ LOWER = {
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("name", LOWER)
+@pytest.mark.parametrize("name", mostly_slow(LOWER, fast=["cagrad-inner_steps", "dualproj"]))
 def test_present_tasks_are_balanced_as_if_the_others_did_not_exist(name):
     lower, options = LOWER[name]
     present = np.array([1, 2, 4])

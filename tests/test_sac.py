@@ -117,6 +117,7 @@ def replayed_draws(arrays, length, dtype):
 @pytest.mark.x64
 @pytest.mark.parametrize("name", oracle_names("f2_sac_*"))
 class TestRecorded:
+    @pytest.mark.slow
     def test_actor_and_critic(self, name):
         arrays = oracle(name)
         settings = recorded_settings(arrays)

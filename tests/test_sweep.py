@@ -58,6 +58,7 @@ def made_up_comparison():
 
 
 class TestTraining:
+    @pytest.mark.slow
     def test_equals_the_configurations_one_by_one(self):
         problem = small_problem()
         options = sweep.Options(penalty=(0.0, 0.5), learning_rate=(1e-2, 3e-2))
@@ -170,6 +171,7 @@ class TestReport:
 
 
 class TestCommandLine:
+    @pytest.mark.slow
     def test_help(self):
         process = subprocess.run(
             [sys.executable, SCRIPT, "--help"],

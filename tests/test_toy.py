@@ -173,6 +173,7 @@ class TestScript:
         toy.main()
         return capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_prints_a_table_and_writes_the_figure(self, monkeypatch, capsys, tmp_path):
         out = self.run(monkeypatch, capsys, "--steps", "30", "--output", str(tmp_path / "toy"))
         assert out.count("bilb4mtl") == out.count("  ls ") == len(toy.STARTS)
@@ -180,6 +181,7 @@ class TestScript:
         assert figure.stat().st_size > 10_000
         assert str(figure) in out
 
+    @pytest.mark.slow
     def test_runs_the_named_methods_in_float64(self, monkeypatch, capsys, tmp_path):
         seen = {}
         monkeypatch.setattr(toy, "table", lambda paths: seen.update(paths) or "")

@@ -275,6 +275,7 @@ def test_forum_moves_by_its_averaged_multipliers():
     assert_close(new_x, x - direction[2:], rtol=1e-10)
 
 
+@pytest.mark.slow
 @every_method
 def test_steps_run_in_bfloat16_and_keep_every_dtype(factory):
     params, batch, validation = network(dtype=jnp.bfloat16)
@@ -308,6 +309,7 @@ def test_rates_may_be_traced_mapped_and_scheduled(factory):
     jax.tree.map(functools.partial(assert_close, rtol=1e-4, atol=1e-6), picked, scheduled)
 
 
+@pytest.mark.slow
 @every_method
 def test_states_can_be_donated(factory):
     params, batch, validation = network()
