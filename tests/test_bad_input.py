@@ -12,7 +12,7 @@ from contract import example_losses
 from methods import METHODS, NUM_FEATURES, Network, features
 
 import bilb
-from bilb.base import ABOUT_LOSSES
+from bilb.arguments import ABOUT_LOSSES
 from bilb.chain import Chain
 
 K = 5
@@ -153,6 +153,21 @@ CASES = {
         ValueError,
         r"shape \(2,\).*expected \(3\).*initial",
     ),
+    "exponent 0": (lambda: bilb.power_losses(0.0), ValueError, r"exponent.*> 0.*got 0\.0"),
+    "exponent below 1": (lambda: bilb.self_adaptive(0.5), ValueError, r"exponent.*>= 1.*0\.5"),
+    "softadapt rate": (lambda: bilb.softadapt(rate="mean"), ValueError, "rate.*'mean'"),
+    "alpha 2": (lambda: bilb.relobralo(2.0), ValueError, r"alpha.*<= 1.*2\.0"),
+    "rho -1": (lambda: bilb.relobralo(rho=-1.0), ValueError, r"rho.*>= 0.*-1"),
+    "momentum 2": (lambda: bilb.lr_annealing(2.0), ValueError, r"momentum.*<= 1.*2\.0"),
+    "every of norms": (lambda: bilb.lr_annealing(every=0), ValueError, "every.*got 0"),
+    "eps 0": (lambda: bilb.ntk_weights(eps=0.0), ValueError, r"eps.*> 0.*got 0\.0"),
+    "decay 1": (lambda: bilb.ntk_weights(decay=1.0), ValueError, "decay"),
+    "reference 3": (
+        lambda: init_of(bilb.lr_annealing(reference=3)),
+        ValueError,
+        "reference must be a task, 0 to 2; got 3",
+    ),
+    "probes 0": (lambda: bilb.curvatures.probe(0), ValueError, "probes.*got 0"),
     "clip high": (lambda: init_of(softmax_clip(0.2, 0.3)), ValueError, r"\(0\.2, 0\.3\).*3"),
     "clip low": (lambda: init_of(softmax_clip(0.4, 0.8)), ValueError, r"\(0\.4, 0\.8\).*3"),
     "clip default": (
@@ -248,6 +263,7 @@ NUMBERS = {
     "linear_scalarization": (bilb.linear_scalarization, {"weights": 0.5}),
     "scale_by": (bilb.scale_by, {"scales": 2.0}),
     "log_losses": (bilb.log_losses, {"floor": 0.1}),
+    "power_losses": (bilb.power_losses, {"exponent": 0.5, "floor": 0.1}),
     "log_scale_by_initial_loss": (bilb.log_scale_by_initial_loss, {"every": 2, "floor": 0.1}),
     "bilb4mtl": (bilb.bilb4mtl, {"penalty": 0.5}),
     "softmax": (ROUTER(bilb.routers.softmax), {"initial": 0.5}),
@@ -264,6 +280,9 @@ NUMBERS = {
     "pbi": (bilb.pbi, {"penalty": 0.5, "preference": 0.5, "reference": 0.5}),
     "cosmos": (functools.partial(bilb.cosmos, penalty=1.0), {"penalty": 0.5, "preference": 0.5}),
     "dwa": (functools.partial(bilb.dwa, window=1), {"temperature": 0.5, "window": 2}),
+    "softadapt": (bilb.softadapt, {"beta": 0.5}),
+    "relobralo": (bilb.relobralo, {"alpha": 0.5, "temperature": 0.5, "rho": 0.5}),
+    "self_adaptive": (bilb.self_adaptive, {"exponent": 1.5, "initial": 0.5}),
     "igb_v1": (
         functools.partial(bilb.igb_v1, base_start=0, base_steps=1),
         {"base_start": 1, "base_steps": 1, "floor": 0.1},
