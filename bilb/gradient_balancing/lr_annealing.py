@@ -48,8 +48,8 @@ def lr_annealing(
 
     Args:
         momentum: the share of the old weights in the new ones, in [0, 1]; a number, a traced scalar
-            or a schedule of the state's ``step``. Default 0.9, as in JAX-PI; arXiv 2001.04536 has
-            0.1 in places, and its code and jinns differ.
+            or a schedule of the state's ``step``. Default 0.9, as in JAX-PI; arXiv 2001.04536 and
+            the codes after it (jinns) put either 0.1 or 0.9 on the new ones.
         every: number of steps that the weights stay the same, from the first update on, whose
             norms already count. Default 1000, as in JAX-PI. Static.
         reference: index of the task whose weight is 1, usually the residual; static.
