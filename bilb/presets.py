@@ -184,8 +184,9 @@ def marigold_pinn(
     are those of a sum of roots, which does collapse. With mini-batches the root is of the batch's
     loss, which is smaller than that of the mean loss.
 
-    The weights sum to 1. Root losses have gradients that do not vanish where a task is solved: let
-    the learning rate decay.
+    The weights sum to 1, so that steps of SGD are short where the gradients conflict, and its
+    learning rate wants tuning; Adam's need not. Root losses have gradients that do not vanish where
+    a task is solved: let the learning rate decay.
 
     Args:
         optimizer: of the logits; default as in :func:`bilb.marigold`.
