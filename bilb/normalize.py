@@ -184,10 +184,10 @@ def power_losses(
 
     Between the losses themselves (exponent 1) and, up to scale and shift, their logarithms
     (exponent to 0). For a mean of squared residuals, ``l = ‖r‖² / N`` with Jacobian J, the gradient
-    of the root is ``Jᵀ r / (‖r‖ √N)``: as long as the rows of J are, however small the loss. So a
-    gradient-balancing method behind this link sees task gradients of a steady size, as behind
-    :func:`log_losses`, but no weight grows as 1 / l when a loss goes to zero. The root alone does
-    not balance: chain a method behind it, or take :func:`bilb.presets.marigold_pinn`.
+    of the root is ``Jᵀ r / (‖r‖ √N)``, of a length that J sets, however small the loss: that of the
+    loss itself vanishes as √l, and that of its logarithm grows as 1 / √l. So a gradient-balancing
+    method behind this link sees task gradients of a steady size. The root alone does not balance:
+    chain a method behind it, or take :func:`bilb.presets.marigold_pinn`.
 
     A loss at or below the floor, zero and negative ones included, gives ``floor ** exponent`` and
     no gradient, and counts as absent for methods behind that read derivatives

@@ -184,9 +184,9 @@ def marigold_pinn(
     are those of a sum of roots, which does collapse. With mini-batches the root is of the batch's
     loss, which is smaller than that of the mean loss.
 
-    The weights sum to 1, so that steps of SGD are short where the gradients conflict, and its
-    learning rate wants tuning; Adam's need not. Root losses have gradients that do not vanish where
-    a task is solved: let the learning rate decay.
+    The weights sum to 1, so that the direction is short where the gradients conflict: Adam is
+    indifferent to that, and the learning rate of SGD is to be tuned. Root losses have gradients
+    that do not vanish where a task is solved: let the learning rate decay.
 
     Args:
         optimizer: of the logits; default as in :func:`bilb.marigold`.
@@ -235,7 +235,8 @@ def nash_pinn(decay: base.Scalar = 0.999) -> optax.GradientTransformationExtraAr
     decay for the training to settle.
 
     Args:
-        decay: of the running mean, in [0, 1); 1 - decay is also the squared noise of the sketch.
+        decay: of the running mean, in [0, 1); the sketch's relative noise is about
+            ``sqrt((1 - decay) / 2)``.
 
     Returns:
         A chain of two loss transformations; ``update(losses, state, *, gram)``. See

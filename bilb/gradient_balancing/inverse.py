@@ -1,4 +1,4 @@
-"""What :mod:`lr_annealing` and :mod:`ntk_weights` share: weights inverse to a size per task."""
+"""What ``lr_annealing`` and ``ntk_weights`` share: weights inverse to a size per task."""
 
 from __future__ import annotations
 
