@@ -1,5 +1,6 @@
 """Multi-task learning for JAX, written the way Optax is written."""
 
+from bilb import curvatures as curvatures
 from bilb import grams as grams
 from bilb import metrics as metrics
 from bilb import presets as presets
@@ -39,10 +40,13 @@ from bilb.gradient_balancing.gradnorm import GradNormState as GradNormState
 from bilb.gradient_balancing.gradnorm import gradnorm as gradnorm
 from bilb.gradient_balancing.gradvac import gradvac as gradvac
 from bilb.gradient_balancing.imtl_g import imtl_g as imtl_g
+from bilb.gradient_balancing.inverse import InverseWeightsState as InverseWeightsState
 from bilb.gradient_balancing.krum import krum as krum
+from bilb.gradient_balancing.lr_annealing import lr_annealing as lr_annealing
 from bilb.gradient_balancing.mgda import mgda as mgda
 from bilb.gradient_balancing.modo import modo as modo
 from bilb.gradient_balancing.nash_mtl import nash_mtl as nash_mtl
+from bilb.gradient_balancing.ntk_weights import ntk_weights as ntk_weights
 from bilb.gradient_balancing.pcd import pcd as pcd
 from bilb.gradient_balancing.pcgrad import pcgrad as pcgrad
 from bilb.gradient_balancing.sdmgrad import sdmgrad as sdmgrad
@@ -71,8 +75,14 @@ from bilb.loss_balancing.linear_scalarization import (
 from bilb.loss_balancing.linear_scalarization import linear_scalarization as linear_scalarization
 from bilb.loss_balancing.pbi import PBIState as PBIState
 from bilb.loss_balancing.pbi import pbi as pbi
+from bilb.loss_balancing.relobralo import ReLoBRaLoState as ReLoBRaLoState
+from bilb.loss_balancing.relobralo import relobralo as relobralo
 from bilb.loss_balancing.rlw import RLWState as RLWState
 from bilb.loss_balancing.rlw import rlw as rlw
+from bilb.loss_balancing.self_adaptive import SelfAdaptiveState as SelfAdaptiveState
+from bilb.loss_balancing.self_adaptive import self_adaptive as self_adaptive
+from bilb.loss_balancing.softadapt import SoftAdaptState as SoftAdaptState
+from bilb.loss_balancing.softadapt import softadapt as softadapt
 from bilb.loss_balancing.stch import STCHNadirState as STCHNadirState
 from bilb.loss_balancing.stch import STCHState as STCHState
 from bilb.loss_balancing.stch import stch as stch
@@ -88,6 +98,7 @@ from bilb.normalize import LogScaleByInitialLossState as LogScaleByInitialLossSt
 from bilb.normalize import log_losses as log_losses
 from bilb.normalize import log_scale_by_initial_loss as log_scale_by_initial_loss
 from bilb.normalize import pmean_losses as pmean_losses
+from bilb.normalize import power_losses as power_losses
 from bilb.normalize import scale_by as scale_by
 from bilb.normalize import scale_by_initial_loss as scale_by_initial_loss
 from bilb.normalize import scale_by_initial_ratio as scale_by_initial_ratio

@@ -59,6 +59,12 @@ ABOUT_LOSSES = {
     "gram_fn": Argument(
         0, False, f"a function () -> the Gram matrix J Jᵀ (K, K) of the task gradients; {_DRIVERS}"
     ),
+    "curvatures": Argument(
+        1, False, "how fast each loss is learnt (K,); bilb.value_and_grad supplies it."
+    ),
+    "curvature_fn": Argument(
+        0, False, "a function () -> curvatures (K,); bilb.value_and_grad supplies it."
+    ),
     "slope_fn": Argument(
         0,
         False,

@@ -66,14 +66,15 @@ def loss_transformation(
             default is one that the method cannot work without: the drivers are asked for it, and
             a call that lacks it is a :class:`MissingArgument`.
         reads: the extra arguments that speak of the losses as this link sees them: "slopes",
-            "losses_after", "gradient_norms", "gram", "gram_fn", "slope_fn", or a name of your own
-            for an array with a leading task axis. They arrive checked, in the dtype of the losses,
-            constant in the derivative, with zeros for absent tasks. A task whose entry (whose row
-            and column of ``gram``) is not finite is an absent task. "slopes" and "losses_after"
-            tell of the previous call instead: a method that asks for ``taught`` as well gets (K,)
-            bool, the tasks that they tell of: finite, and present in that call if the state has
-            fields ``step`` and ``present`` (K,) bool that say so. Keyword-only arguments without
-            default that have one of those names are added to ``reads``.
+            "losses_after", "gradient_norms", "gram", "gram_fn", "slope_fn", "curvatures",
+            "curvature_fn", or a name of your own for an array with a leading task axis. They arrive
+            checked, in the dtype of the losses, constant in the derivative, with zeros for absent
+            tasks. A task whose entry (whose row and column of ``gram``) is not finite is an absent
+            task. "slopes" and "losses_after" tell of the previous call instead: a method that asks
+            for ``taught`` as well gets (K,) bool, the tasks that they tell of: finite, and present
+            in that call if the state has fields ``step`` and ``present`` (K,) bool that say so.
+            Keyword-only arguments without default that have one of those names are added to
+            ``reads``.
         keeps_absent: whether to restore the state entries of absent tasks after ``update``. A
             method that has per-task shapes in what tasks share (a network, a buffer) gives False
             and calls ``bilb.base.keep_absent`` on the rest itself.
@@ -266,6 +267,8 @@ def asked(
         "slopes": zeros,
         "losses_after": zeros,
         "gradient_norms": zeros,
+        "curvatures": zeros,
+        "curvature_fn": lambda: zeros,
         "slope_fn": lambda: jnp.zeros_like,
         "gram": gram,
         "gram_fn": lambda: gram,

@@ -144,6 +144,11 @@ def log_losses(floor: float | jax.Array = 1e-8) -> optax.GradientTransformationE
     and no gradient: without a floor one vanishing loss would get an unbounded weight. Computed in
     float32 at least.
 
+    Where a loss can reach zero while others do not, such as the residual of a differential equation
+    at the trivial solution, the log rewards that without bound and training collapses onto it. Use
+    :func:`bilb.presets.marigold_pinn` or :func:`bilb.presets.nash_pinn` there, which balance roots
+    of the losses.
+
     Args:
         floor: positive, in the units of the losses (default 1e-8, as FAMO's and LibMTL's epsilon).
 
@@ -168,6 +173,54 @@ def log_losses(floor: float | jax.Array = 1e-8) -> optax.GradientTransformationE
 
     def update(losses, state, **_):
         return jnp.log(base.at_least(losses, floor)), state
+
+    return base.loss_transformation(init, update)
+
+
+def power_losses(
+    exponent: float | jax.Array = 0.5, floor: float | jax.Array = 1e-30
+) -> optax.GradientTransformationExtraArgs:
+    """Takes a power of the losses: ``max(l, floor) ** exponent``, by default the root.
+
+    Between the losses themselves (exponent 1) and, up to scale and shift, their logarithms
+    (exponent to 0). For a mean of squared residuals, ``l = ‖r‖² / N`` with Jacobian J, the gradient
+    of the root is ``Jᵀ r / (‖r‖ √N)``, of a length that J sets, however small the loss: that of the
+    loss itself vanishes as √l, and that of its logarithm grows as 1 / √l. So a gradient-balancing
+    method behind this link sees task gradients of a steady size. The root alone does not balance:
+    chain a method behind it, or take :func:`bilb.presets.marigold_pinn`.
+
+    A loss at or below the floor, zero and negative ones included, gives ``floor ** exponent`` and
+    no gradient, and counts as absent for methods behind that read derivatives
+    (:func:`bilb.chain`). The default is far below what rounding leaves of a squared residual, so
+    that in practice only a loss of exactly zero is there. The gradient of a root does not vanish
+    where a task is solved: let the learning rate decay. Computed in float32 at least.
+
+    Args:
+        exponent: p > 0.
+        floor: positive, in the units of the losses.
+
+    Returns:
+        A stateless loss transformation.
+
+    Raises:
+        ValueError: if ``exponent`` or ``floor`` is a concrete number that is not positive.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, bilb
+        >>> link = bilb.power_losses()
+        >>> objective = lambda losses: link.update(losses, link.init(losses))[0].sum()
+        >>> print(jax.grad(objective)(jnp.array([4.0, 0.25, 0.0])))
+        [0.25 1.   0.  ]
+    """
+    checks.number("exponent", exponent, minimum=0, exclusive=True)
+    checks.number("floor", floor, minimum=0, exclusive=True)
+
+    def init(num_tasks, dtype):
+        del num_tasks, dtype
+        return optax.EmptyState()
+
+    def update(losses, state, **_):
+        return base.at_least(losses, floor) ** exponent, state
 
     return base.loss_transformation(init, update)
 

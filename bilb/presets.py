@@ -1,8 +1,11 @@
-"""The settings of the papers' experiments: normalisation and method in one chain.
+"""Ready chains: the settings of the papers' experiments, and balancers for a kind of problem.
 
-Each preset is what the official code of that experiment computes, loss by loss; only the
-optimiser of the router is yours to choose (the official code trains it with the model's Adam and
-learning rate, the default here). With ``optax.inject_hyperparams``, ``num_features`` is static.
+Each preset of BiLB4MTL is what the official code of that experiment computes, loss by loss; only
+the optimiser of the router is yours to choose (the official code trains it with the model's Adam
+and learning rate, the default here). With ``optax.inject_hyperparams``, ``num_features`` is static.
+
+:func:`marigold_pinn` and :func:`nash_pinn` are for losses that can reach zero, as those of
+physics-informed networks.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ import optax
 from bilb import base, normalize
 from bilb.bilevel import routers
 from bilb.bilevel.bilb4mtl import bilb4mtl
+from bilb.bilevel.marigold import marigold
 from bilb.chain import chain
+from bilb.gradient_balancing.nash_mtl import nash_mtl
 
 
 def bilb4mtl_cityscapes(
@@ -147,3 +152,108 @@ def bilb4mtl_qm9(
             optimizer=optimizer,
         ),
     )
+
+
+def marigold_pinn(
+    *,
+    optimizer: optax.GradientTransformation = optax.adam(0.025),
+    max_logit: base.Scalar = 6.0,
+) -> optax.GradientTransformationExtraArgs:
+    """MARIGOLD towards the Nash balance of root losses, for losses that can reach zero.
+
+    ``bilb.chain(bilb.power_losses(0.5), bilb.marigold("nash"))``: one forward pass more than a sum
+    of losses, nothing random, no task gradients.
+
+    What it does: with ``g_k = ∇√l_k`` and the step's direction ``d = Σ_k λ_k g_k``, the weights
+    move until ``λ_k g_kᵀ d`` is the same for all tasks. That d maximises ``Σ_k log g_kᵀ d`` among
+    directions of its length, so there is no fixed scalar objective: to first order all losses fall
+    together, for as long as a direction exists along which they do. The fixed points are the
+    Pareto stationary points of the root losses, which are those of the losses where none is zero.
+
+    Why it does not collapse onto the zero of one task: for ``l = ‖r‖² / N`` the squared length of
+    ``∇√l`` is ``rᵀ Θ r / (N ‖r‖²)``, a Rayleigh quotient of the task's tangent kernel Θ. So g_k
+    neither vanishes nor explodes with its loss, where ``∇ log l`` is ``2 / √l`` times as long, and
+    what λ has learnt stays true for many steps. The balance is free of the losses' scales, and it
+    is one of products of gradients: where the residual falls at the cost of the boundary, the
+    boundary's ``g_kᵀ d`` is small or negative and its weight grows. A loss of exactly zero has no
+    gradient and counts as absent, so that the others move on.
+
+    When it can: where the trivial solution is itself Pareto stationary for the network, λ has
+    nothing to learn; where the gradients' lengths differ by more than ``exp(2 max_logit)``, the
+    balance is out of reach; where λ is slow against the model, the first steps decide, and they
+    are those of a sum of roots, which does collapse. With mini-batches the root is of the batch's
+    loss, which is smaller than that of the mean loss.
+
+    The weights sum to 1, so that the direction is short where the gradients conflict: Adam is
+    indifferent to that, and the learning rate of SGD is to be tuned. Root losses have gradients
+    that do not vanish where a task is solved: let the learning rate decay.
+
+    Args:
+        optimizer: of the logits; default as in :func:`bilb.marigold`.
+        max_logit: bound on the logits.
+
+    Returns:
+        A chain of two loss transformations; ``update(losses, state, *, slopes)``. See
+        :func:`bilb.power_losses` and :func:`bilb.marigold` for errors and state.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, bilb
+        >>> task_losses = lambda x: jnp.stack([jnp.sum((x - 1) ** 2), 100 * jnp.sum(x[:1] ** 2)])
+        >>> value_and_grad = bilb.value_and_grad(task_losses, bilb.presets.marigold_pinn())
+        >>> x = jnp.full(2, 2.0)
+        >>> losses, grads, state = jax.jit(value_and_grad)(x, value_and_grad.init(x))
+        >>> print(state.slopes.shape)
+        (2,)
+
+    References:
+        *MARIGOLD*, arXiv 2603.07389 (from the abstract); Navon et al., *Multi-task learning as a
+        bargaining game*, arXiv 2202.01017; Wang et al., *When and why PINNs fail to train: a neural
+        tangent kernel perspective*, arXiv 2007.14527.
+    """
+    return chain(
+        normalize.power_losses(0.5),
+        marigold("nash", optimizer=optimizer, max_logit=max_logit),
+    )
+
+
+def nash_pinn(decay: base.Scalar = 0.999) -> optax.GradientTransformationExtraArgs:
+    """Nash-MTL on root losses with a running mean of their Gram matrix, to be sketched.
+
+    ``bilb.chain(bilb.power_losses(0.5), bilb.nash_mtl(decay=0.999))``; with
+    ``bilb.value_and_grad(..., gram=bilb.grams.sketch())`` one forward pass more than a sum of
+    losses, with the default ``gram=`` K backward passes and no noise.
+
+    It solves at every step what :func:`marigold_pinn` approaches: ``G w = 1 / w`` for the running
+    mean G of the products ``∇√l_iᵀ ∇√l_j``. See there for what is minimised and why and when it
+    does not collapse. G can be averaged over many steps because gradients of roots keep their size
+    while the losses fall; those of logs do not, and their mean is always behind.
+
+    In the first steps the sketch has not the rank of G: weights of conflicting tasks are then up to
+    1e3 times too large, and a few such steps under Adam's first learning rates can decide the run.
+    Warm the learning rate up, or take more ``probes``. The direction has ``‖Jᵀ w‖² = K`` whatever
+    the losses are, so with SGD the learning rate is the length of the step over √K, and it must
+    decay for the training to settle.
+
+    Args:
+        decay: of the running mean, in [0, 1); the sketch's relative noise is about
+            ``sqrt((1 - decay) / 2)``.
+
+    Returns:
+        A chain of two loss transformations; ``update(losses, state, *, gram)``. See
+        :func:`bilb.power_losses` and :func:`bilb.nash_mtl` for errors and state.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, bilb
+        >>> task_losses = lambda x: jnp.stack([jnp.sum((x - 1) ** 2), 100 * jnp.sum(x[:1] ** 2)])
+        >>> value_and_grad = bilb.value_and_grad(
+        ...     task_losses, bilb.presets.nash_pinn(), gram=bilb.grams.sketch()
+        ... )
+        >>> x = jnp.full(2, 2.0)
+        >>> losses, grads, state = jax.jit(value_and_grad)(x, value_and_grad.init(x))
+        >>> print(grads.shape)
+        (2,)
+
+    References:
+        Navon et al., *Multi-task learning as a bargaining game*, arXiv 2202.01017.
+    """
+    return chain(normalize.power_losses(0.5), nash_mtl(decay=decay))

@@ -17,6 +17,7 @@ import optax
 from jax.interpreters import partial_eval
 
 from bilb import arguments, base, checks, jacobian
+from bilb import curvatures as curvature_functions
 from bilb import grams as gram_engines
 from bilb import slopes as slope_functions
 
@@ -41,13 +42,14 @@ def value_and_grad(
     gram: gram_engines.Engine | None = None,
     axis_name: Any = None,
     heads: Literal["weighted", "sum"] = "weighted",
+    curvatures: curvature_functions.Curvatures | None = None,
 ) -> ValueAndGrad:
     """``jax.value_and_grad`` for a stacked loss vector, weighed by a loss transformation.
 
     Runs the passes that the method needs and no more: one forward and one backward pass, whatever K
     is, for a method that reads losses; one forward pass more for slopes or ``losses_after``; for
     the Gram matrix or the norms of the task gradients what ``gram`` says, K backward passes at
-    least. It finds out by tracing the balancer.
+    least; for curvatures what ``curvatures`` says. It finds out by tracing the balancer.
 
     A loss of an absent task may be anything, but its derivative enters the backward pass with
     weight 0, and 0 · NaN is NaN: where labels are missing, replace them *before* the model's loss
@@ -76,6 +78,7 @@ def value_and_grad(
         heads: what the parameters that are not ``shared`` follow: the gradient of the objective
             ("weighted"), or that of the plain sum of the present tasks' losses ("sum"), as in the
             official code of some gradient-balancing methods.
+        curvatures: how curvatures are taken, from ``bilb.curvatures``; ``probe()`` if None.
 
     Returns:
         A callable with ``state = value_and_grad.init(params, *args)`` and
@@ -108,9 +111,10 @@ def value_and_grad(
         raise ValueError("features= reads the auxiliary output: give has_aux=True as well.")
     jacobian.check_heads(heads)
     gram = gram_engines.exact() if gram is None else gram
+    curvatures = curvature_functions.probe() if curvatures is None else curvatures
     balancer = base.as_link(balancer)
     return ValueAndGrad(
-        task_losses, balancer, has_aux, features, slopes, shared, gram, axis_name, heads
+        task_losses, balancer, has_aux, features, slopes, shared, gram, axis_name, heads, curvatures
     )
 
 
@@ -127,6 +131,7 @@ class ValueAndGrad:
     gram: gram_engines.Engine
     axis_name: Any
     heads: str
+    curvatures: curvature_functions.Curvatures
 
     def init(self, params: base.PyTree, *args: Any, **extra: Any) -> ValueAndGradState:
         """Returns the first state, from the shapes of the losses alone."""
@@ -188,6 +193,10 @@ class ValueAndGrad:
                 return jnp.sqrt(jnp.diagonal(gram()))
             return self.gram.norms(here, params, state.step)
 
+        def curvatures():
+            options = {"shared": self.shared, "step": state.step}
+            return self._mean(self.curvatures(self._losses, params, *args, **options))
+
         def weigh(given):
             def objective(losses, features):
                 more = {} if self.features is None else {"features": features}
@@ -207,6 +216,8 @@ class ValueAndGrad:
             # Not what is kept above: a method calls this inside control flow of its own.
             "gram_fn": lambda: take_gram,
             "gradient_norms": norms,
+            "curvatures": curvatures,
+            "curvature_fn": lambda: curvatures,
         }
         ((weights, of_features), balancer), asked = base.supply_missing(weigh, given, supply)
         if of_rows and self.features is None and {"gram", "gradient_norms"} & {*asked}:

@@ -140,6 +140,7 @@ initial_and_router = ("initial_losses", "router", "weights", "opt_state")
 slopes = lambda losses: {"slopes": losses / 2}
 losses_after = lambda losses: {"losses_after": losses / 2}
 norms = lambda losses: {"gradient_norms": jnp.linspace(1.0, 2.0, losses.size, dtype=losses.dtype)}
+curvatures = lambda losses: {"curvatures": norms(losses)["gradient_norms"]}
 
 
 def gram(losses):
@@ -219,6 +220,12 @@ METHODS = [
     ),
     Method(
         "log_losses", bilb.log_losses, {"floor": 1e-8}, values=lambda losses, _: jnp.log(losses)
+    ),
+    Method(
+        "power_losses",
+        bilb.power_losses,
+        {"exponent": 0.5, "floor": 1e-30},
+        values=lambda losses, _: jnp.sqrt(losses),
     ),
     Method(
         "log_scale_by_initial_loss",
@@ -366,6 +373,39 @@ METHODS = [
         kin="dwa",
     ),
     Method(
+        "softadapt",
+        bilb.softadapt,
+        {"beta": 0.1},
+        phi=weighted_sum,
+        learns=("weights", "last_losses", "seen"),
+    ),
+    Method(
+        "softadapt-normalized",
+        bilb.softadapt,
+        {"beta": 0.1},
+        {"rate": "normalized", "loss_weighted": True},
+        static_args=("rate", "loss_weighted"),
+        phi=weighted_sum,
+        sparse=True,
+        learns=("weights", "last_losses", "seen"),
+        kin="softadapt",
+    ),
+    Method(
+        "relobralo",
+        bilb.relobralo,
+        {"alpha": 0.3, "temperature": 0.3, "rho": 0.3},
+        {"key": 7},
+        phi=weighted_sum,
+        learns=("weights", "last_losses", "initial_losses", "seen"),
+    ),
+    Method(
+        "self_adaptive",
+        bilb.self_adaptive,
+        {"exponent": 2.0, "initial": 1.5},
+        phi=weighted_sum,
+        learns=("scales", "weights", "opt_state"),
+    ),
+    Method(
         "uncertainty_weighting",
         bilb.uncertainty_weighting,
         {"initial": 0.5},
@@ -451,6 +491,39 @@ METHODS = [
         kin="gradnorm",
     ),
     Method(
+        "lr_annealing",
+        bilb.lr_annealing,
+        {"momentum": 0.3, "decay": 0.3, "eps": 1e-5},
+        {"every": 1},
+        static_args=("every",),
+        extra=norms,
+        phi=weighted_sum,
+        learns=("weights", "mean", "total"),
+    ),
+    Method(
+        "lr_annealing-reference",
+        bilb.lr_annealing,
+        {"momentum": 0.3, "decay": 0.3, "eps": 1e-5},
+        {"every": 1, "reference": 0},
+        static_args=("every", "reference"),
+        extra=norms,
+        phi=weighted_sum,
+        equivariant=False,
+        sparse=True,
+        learns=("weights", "mean", "total"),
+        kin="lr_annealing",
+    ),
+    Method(
+        "ntk_weights",
+        bilb.ntk_weights,
+        {"momentum": 0.3, "decay": 0.3, "eps": 1e-5},
+        {"every": 1},
+        static_args=("every",),
+        extra=curvatures,
+        phi=weighted_sum,
+        learns=("weights", "mean", "total"),
+    ),
+    Method(
         "throw_away",
         throw_away,
         {"decay": 0.3},
@@ -490,6 +563,22 @@ METHODS = [
         equivariant=False,
         learns=("base_losses", "last_losses", "weights"),
         shared=("agent", "buffer"),
+    ),
+    Method(
+        "marigold_pinn",
+        bilb.presets.marigold_pinn,
+        {"max_logit": 6.0},
+        extra=slopes,
+        values=lambda losses, _: jnp.sqrt(losses),
+        phi=weighted_sum,
+        learns=("point", "weights", "opt_state"),
+        kin="marigold",
+    ),
+    gram_method(
+        "nash_pinn",
+        bilb.presets.nash_pinn,
+        values=lambda losses, _: jnp.sqrt(losses),
+        kin="nash_mtl",
     ),
     gram_method("mgda", bilb.mgda, sparse=True),
     gram_method("upgrad", bilb.upgrad, {"reg_eps": 1e-4, "norm_eps": 1e-4, "preference": 0.5}),

@@ -98,15 +98,16 @@ def by_aggregate_by(balancer):
     return jax.lax.scan(step, first, SHIFTS[:-1])[0][0]
 
 
-def takes_no_features(method):
-    return "features" not in method.extra(jnp.ones(K))
+def can_be_behind_links(method):
+    """Features are of a model, and curvatures of the losses as they come in."""
+    return not {"features", "curvatures"} & {*method.extra(jnp.ones(K))}
 
 
 ALWAYS = ("bilb4mtl", "igb_v1", "marigold", "famo", "gradnorm", "mgda", "imtl_g")
 CHAINED = [
     pytest.param(method, marks=() if method.name in ALWAYS else pytest.mark.slow)
     for method in METHODS
-    if takes_no_features(method)
+    if can_be_behind_links(method)
 ]
 
 

@@ -102,6 +102,7 @@ def about_losses(draw):
         "gradient_norms": jnp.asarray(draw(arrays(K, sizes(18).map(np.float32)))),
         "slopes": jnp.asarray(draw(arrays(K, signed))),
         "losses_after": jnp.asarray(draw(arrays(K, signed))),
+        "curvatures": jnp.asarray(draw(arrays(K, signed))),
     }
 
 

@@ -48,6 +48,10 @@ def igb_v1(
     Losses should be positive. A loss at or below the floor gives ``log(floor)`` and no gradient, as
     in :func:`bilb.log_losses`, and a base loss below the floor, zero included, counts as the floor.
 
+    Where a loss can reach zero while others do not, such as the residual of a differential equation
+    at the trivial solution, the log losses reward that without bound and training collapses onto
+    it. Use :func:`bilb.presets.marigold_pinn` or :func:`bilb.presets.nash_pinn` there.
+
     Args:
         base_start: first update of the window, at least 0.
         base_steps: updates in the window, at least 1.

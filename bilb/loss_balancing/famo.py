@@ -46,6 +46,11 @@ def famo(
     Losses or ``losses_after`` that are not finite teach nothing of their task. A task learns from
     each step in which it was present, also where the next call's mask leaves it out.
 
+    Where a loss can reach its bound while others do not, such as the residual of a differential
+    equation at the trivial solution, the log losses reward that without bound and training
+    collapses onto it. Use :func:`bilb.presets.marigold_pinn` or :func:`bilb.presets.nash_pinn`
+    there.
+
     Args:
         min_losses: lower bounds of the losses, one number or (K,).
         gamma: γ >= 0, decay of the logits, added to their gradient; a number, a traced scalar or a

@@ -1,0 +1,108 @@
+"""What ``lr_annealing`` and ``ntk_weights`` share: weights inverse to a size per task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilb import base, checks
+from bilb.gradient_balancing.weighting import check_decay
+
+
+class InverseWeightsState(NamedTuple):
+    """State of :func:`lr_annealing` and :func:`ntk_weights`."""
+
+    step: jax.Array  # () int32
+    weights: jax.Array  # (K,) the weights just used, a running mean; 1 at first
+    mean: jax.Array  # (K,) running mean of what is measured, not yet corrected for its start at 0
+    total: jax.Array  # (K,) the sum of the weights of what is in that mean, 1 in the end
+
+
+def inverse_weighting(
+    name: str,
+    each: tuple[str, Callable[[jax.Array], jax.Array]],
+    at_times: tuple[str, Callable[[jax.Array], jax.Array]],
+    size: Callable[[jax.Array], jax.Array] = lambda mean: mean,
+    *,
+    momentum: base.Scalar,
+    every: int,
+    decay: base.Scalar,
+    eps: float | jax.Array,
+    reference: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Makes ``w_k = s / (s_k + eps s)`` a loss transformation, s the mean size or a reference's.
+
+    Args:
+        name: of the method, for error messages.
+        each: the argument that is read at every step, and ``value -> `` what is averaged (K,), not
+            negative.
+        at_times: the function ``() -> value`` that is read with ``every > 1``, and the same.
+        size: ``mean -> s_k``, elementwise.
+        momentum: of the running mean of the weights, in [0, 1].
+        every: how many steps the weights stay the same; static.
+        decay: of the running mean of what is measured, in [0, 1).
+        eps: > 0.
+        reference: the task whose size is s and whose weight is 1; the mean of all if None; static.
+
+    Returns:
+        A loss transformation whose state is an :class:`InverseWeightsState`.
+    """
+    checks.number("momentum", momentum, minimum=0, maximum=1, schedule=True)
+    checks.number("every", every, minimum=1)
+    checks.number("eps", eps, minimum=0, exclusive=True)
+    check_decay(decay)
+
+    def init(num_tasks, dtype):
+        if reference is not None and not 0 <= reference < num_tasks:
+            raise ValueError(f"reference must be a task, 0 to {num_tasks - 1}; got {reference}.")
+        zeros = lambda: jnp.zeros(num_tasks, dtype)
+        return InverseWeightsState(base.new_step(), jnp.ones(num_tasks, dtype), zeros(), zeros())
+
+    def learn(state, measured, present):
+        forget = lambda new, old, rate: rate * old + (1 - rate) * new
+        keep = lambda new, old: jnp.where(present, new, old)
+        rate = base.at_step(decay, state.step)
+        mean = keep(forget(measured, state.mean, rate), state.mean)
+        total = keep(forget(1.0, state.total, rate), state.total)
+        sizes = size(mean / jnp.where(total > 0, total, 1.0))
+        if reference is None:
+            number = jnp.maximum(jnp.sum(present), 1)
+            level = jnp.sum(jnp.where(present, sizes / number, 0.0))
+        else:
+            level = jnp.where(present[reference], sizes[reference], 0.0)
+        divisor = sizes + eps * level
+        # Where there is nothing to compare with, the weights stay as they were.
+        known = (level > 0) & (divisor > 0)
+        weights = jnp.where(known, level / jnp.where(known, divisor, 1.0), state.weights)
+        if reference is not None:
+            weights = weights.at[reference].set(1.0)
+        weights = forget(weights, state.weights, base.at_step(momentum, state.step))
+        return state._replace(weights=keep(weights, state.weights), mean=mean, total=total)
+
+    def balance(losses, state):
+        return state.weights * losses, state._replace(step=optax.safe_increment(state.step))
+
+    def update(losses, state, *, mask, **given):
+        argument, measure = each
+        present = base.present(losses, mask)
+        return balance(losses, learn(state, measure(given[argument]), present))
+
+    def update_at_times(losses, state, *, mask, **given):
+        argument, measure = at_times
+
+        def renew():
+            measured = measure(jnp.asarray(given[argument](), losses.dtype))
+            checks.shape(measured, losses.shape, f"{argument} must return an entry per task.")
+            present = base.usable(measured, mask)
+            measured = jnp.where(present, jax.lax.stop_gradient(measured), 0.0)
+            return learn(state, measured, present)
+
+        return balance(losses, jax.lax.cond(state.step % every == 0, renew, lambda: state))
+
+    if every == 1:
+        return base.loss_transformation(init, update, reads=(each[0],), name=name)
+    return base.loss_transformation(init, update_at_times, reads=(at_times[0],), name=name)
