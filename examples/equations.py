@@ -30,9 +30,7 @@ import scipy.sparse.linalg
 Array = jax.Array | np.ndarray
 Field = Callable[[Array], Array]  # points (N, D) -> values (N, outputs)
 
-VISCOSITY = 0.01 / np.pi  # of Burgers' equation
 DIFFUSION, REACTION = 1e-4, 5.0  # of the Allen-Cahn equation
-SPEED = 2.0  # of the waves
 REYNOLDS = 100.0  # of the cavity
 
 
@@ -102,15 +100,18 @@ def derivatives(field: Field, points: Array, coordinate: int) -> tuple[Array, Ar
     return value, first, second
 
 
-def sides(number: int, low: tuple[float, float], high: tuple[float, float]) -> dict[str, Box]:
-    """Returns the sides of a rectangle, each with ``number`` points."""
-    (a, b), (c, d) = low, high
-    return {
+def boundary(
+    number: int, domain: tuple[tuple[float, float], tuple[float, float]], *sides: str
+) -> tuple[Box, ...]:
+    """Returns sides of a rectangle, of ``number`` points each; all four by default."""
+    (a, b), (c, d) = domain
+    known = {
         "left": Box(number, (a, b), (a, d)),
         "right": Box(number, (c, b), (c, d)),
         "bottom": Box(number, (a, b), (c, b)),
         "top": Box(number, (a, d), (c, d)),
     }
+    return tuple(known[side] for side in sides or known)
 
 
 def of_formula(
@@ -168,27 +169,43 @@ def helmholtz_residuals(field: Field, points: Mapping[str, Array]) -> tuple[Arra
 STRIP = (0.0, -1.0), (1.0, 1.0)
 
 
-def burgers_solution(points: Array) -> Array:
+def burgers_solution(points: Array, viscosity: float = 0.01 / np.pi) -> Array:
     """Returns the solution (N, 1) by the Cole-Hopf transformation.
 
-    It is a quotient of two means of the initial values, over a Gaussian of variance 2νt with the
-    density ``exp(-cos(πy) / (2πν))`` on top; the trapezoidal rule gives them to rounding.
+    It is the mean of ``-sin(πy)`` under a density of y, the product of ``exp(-cos(πy) / (2πν))``
+    and a Gaussian about x of variance 2νt; the trapezoidal rule gives it to rounding.
     """
     t, x = points[:, :1], points[:, 1:]
     z = np.linspace(-12.0, 12.0, 1201)
-    y = x - jnp.sqrt(4 * VISCOSITY * t) * z
-    density = jax.nn.softmax(-jnp.cos(np.pi * y) / (2 * np.pi * VISCOSITY) - z**2, axis=1)
+    y = x - jnp.sqrt(4 * viscosity * t) * z
+    density = jax.nn.softmax(-jnp.cos(np.pi * y) / (2 * np.pi * viscosity) - z**2, axis=1)
     return -jnp.sum(density * jnp.sin(np.pi * y), axis=1, keepdims=True)
 
 
-def burgers_residuals(field: Field, points: Mapping[str, Array]) -> tuple[Array, ...]:
-    """``u_t + u u_x = ν u_xx``; u = 0 at both ends; ``u = -sin(πx)`` at first."""
-    x = points["inside"]
-    _, u_t, _ = derivatives(field, x, 0)
-    u, u_x, u_xx = derivatives(field, x, 1)
-    at_first = points["initial"]
-    initial = field(at_first) + jnp.sin(np.pi * at_first[:, 1:])
-    return u_t + u * u_x - VISCOSITY * u_xx, field(points["boundary"]), initial
+def burgers(viscosity: float = 0.01 / np.pi) -> Equation:
+    """Returns ``u_t + u u_x = ν u_xx``, u = 0 at both ends, ``u = -sin(πx)`` at first."""
+
+    def residuals(field: Field, points: Mapping[str, Array]) -> tuple[Array, ...]:
+        x = points["inside"]
+        _, u_t, _ = derivatives(field, x, 0)
+        u, u_x, u_xx = derivatives(field, x, 1)
+        at_first = points["initial"]
+        initial = field(at_first) + jnp.sin(np.pi * at_first[:, 1:])
+        return u_t + u * u_x - viscosity * u_xx, field(points["boundary"]), initial
+
+    solution = functools.partial(burgers_solution, viscosity=viscosity)
+    return Equation(
+        title=f"Burgers equation, viscosity {viscosity:.3g}",
+        coordinates=("t", "x"),
+        losses=("residual", "boundary", "initial"),
+        regions={
+            "inside": (Box(128, *STRIP),),
+            "boundary": boundary(32, STRIP, "bottom", "top"),
+            "initial": boundary(64, STRIP, "left"),
+        },
+        residuals=residuals,
+        reference=functools.cache(lambda: of_formula(solution, *STRIP, (51, 201))),
+    )
 
 
 # Allen-Cahn: time in [0, 1], x in [-1, 1], periodic.
@@ -247,26 +264,45 @@ def allen_cahn_reference(size: int = 4096, steps_per_time: int = 10) -> Referenc
     return Reference(np.linspace(0.0, 1.0, times), x[thin], np.stack(values)[:, thin, None])
 
 
-# The wave equation of arXiv 2007.14527: time and x in [0, 1].
+# Waves: time and x in [0, 1].
 
 UNIT_SQUARE = (0.0, 0.0), (1.0, 1.0)
 
 
-def wave_solution(points: Array) -> Array:
-    """Returns ``sin(πx) cos(2πt) + ½ sin(4πx) cos(8πt)`` (N, 1)."""
+def wave_solution(points: Array, speed: float = 2.0, overtone: int = 4) -> Array:
+    """Returns ``sin(πx) cos(πct) + ½ sin(nπx) cos(nπct)`` (N, 1)."""
     t, x = points[:, :1], points[:, 1:]
-    mode = lambda n: jnp.sin(n * np.pi * x) * jnp.cos(SPEED * n * np.pi * t)
-    return mode(1) + 0.5 * mode(4)
+    mode = lambda n: jnp.sin(n * np.pi * x) * jnp.cos(speed * n * np.pi * t)
+    return mode(1) + 0.5 * mode(overtone)
 
 
-def wave_residuals(field: Field, points: Mapping[str, Array]) -> tuple[Array, ...]:
-    """``u_tt = 4 u_xx``; u = 0 at both ends; u and u_t = 0 are given at first."""
-    x = points["inside"]
-    *_, u_tt = derivatives(field, x, 0)
-    *_, u_xx = derivatives(field, x, 1)
-    at_first = points["initial"]
-    u, u_t, _ = derivatives(field, at_first, 0)
-    return u_tt - SPEED**2 * u_xx, field(points["boundary"]), u - wave_solution(at_first), u_t
+def wave(speed: float = 2.0, overtone: int = 4) -> Equation:
+    """Returns ``u_tt = c² u_xx``, u = 0 at both ends, u and u_t = 0 given at first.
+
+    The default is that of arXiv 2007.14527.
+    """
+    solution = functools.partial(wave_solution, speed=speed, overtone=overtone)
+
+    def residuals(field: Field, points: Mapping[str, Array]) -> tuple[Array, ...]:
+        x = points["inside"]
+        *_, u_tt = derivatives(field, x, 0)
+        *_, u_xx = derivatives(field, x, 1)
+        at_first = points["initial"]
+        u, u_t, _ = derivatives(field, at_first, 0)
+        return u_tt - speed**2 * u_xx, field(points["boundary"]), u - solution(at_first), u_t
+
+    return Equation(
+        title=f"Wave equation, speed {speed:g}, overtone {overtone}",
+        coordinates=("t", "x"),
+        losses=("residual", "boundary", "displacement", "velocity"),
+        regions={
+            "inside": (Box(128, *UNIT_SQUARE),),
+            "boundary": boundary(32, UNIT_SQUARE, "bottom", "top"),
+            "initial": boundary(64, UNIT_SQUARE, "left"),
+        },
+        residuals=residuals,
+        reference=lambda: of_formula(solution, *UNIT_SQUARE, (101, 101)),
+    )
 
 
 # The lid-driven cavity: the unit square, whose upper side moves to the right with speed 1.
@@ -345,78 +381,53 @@ def cavity_reference(cells: int = 128) -> Reference:
     return Reference(line, line, values)
 
 
-def _boundary(number: int, domain: tuple, *names: str) -> tuple[Box, ...]:
-    found = sides(number, *domain)
-    return tuple(found[name] for name in names)
-
-
 EQUATIONS = {
     "poisson": Equation(
-        title="Poisson's equation",
+        title="Poisson equation",
         coordinates=("x", "y"),
         losses=("residual", "boundary"),
         regions={
             "inside": (Box(128, *SQUARE),),
-            "boundary": _boundary(16, SQUARE, "left", "right", "bottom", "top"),
+            "boundary": boundary(16, SQUARE),
         },
         residuals=poisson_residuals,
         reference=lambda: of_formula(poisson_solution, *SQUARE, (101, 101)),
     ),
     "helmholtz": Equation(
-        title="Helmholtz' equation",
+        title="Helmholtz equation",
         coordinates=("x", "y"),
         losses=("residual", "left", "right", "bottom", "top"),
         regions={
             "inside": (Box(128, *SQUARE),),
-            **{name: (box,) for name, box in sides(32, *SQUARE).items()},
+            **{side: boundary(32, SQUARE, side) for side in ("left", "right", "bottom", "top")},
         },
         residuals=helmholtz_residuals,
         reference=lambda: of_formula(helmholtz_solution, *SQUARE, (101, 101)),
     ),
-    "burgers": Equation(
-        title="Burgers' equation",
-        coordinates=("t", "x"),
-        losses=("residual", "boundary", "initial"),
-        regions={
-            "inside": (Box(128, *STRIP),),
-            "boundary": _boundary(32, STRIP, "bottom", "top"),
-            "initial": _boundary(64, STRIP, "left"),
-        },
-        residuals=burgers_residuals,
-        reference=functools.cache(lambda: of_formula(burgers_solution, *STRIP, (51, 201))),
-    ),
+    "burgers": burgers(),
+    "burgers_viscous": burgers(0.1 / np.pi),
     "allen_cahn": Equation(
-        title="the Allen-Cahn equation",
+        title="Allen-Cahn equation",
         coordinates=("t", "x"),
         losses=("residual", "periodic", "initial"),
         regions={
             "inside": (Box(128, *STRIP),),
-            "boundary": _boundary(32, STRIP, "bottom"),
-            "initial": _boundary(64, STRIP, "left"),
+            "boundary": boundary(32, STRIP, "bottom"),
+            "initial": boundary(64, STRIP, "left"),
         },
         residuals=allen_cahn_residuals,
         reference=allen_cahn_reference,
     ),
-    "wave": Equation(
-        title="the wave equation",
-        coordinates=("t", "x"),
-        losses=("residual", "boundary", "displacement", "velocity"),
-        regions={
-            "inside": (Box(128, *UNIT_SQUARE),),
-            "boundary": _boundary(32, UNIT_SQUARE, "bottom", "top"),
-            "initial": _boundary(64, UNIT_SQUARE, "left"),
-        },
-        residuals=wave_residuals,
-        reference=lambda: of_formula(wave_solution, *UNIT_SQUARE, (101, 101)),
-    ),
+    "wave": wave(),
+    "wave_slow": wave(speed=1.0, overtone=2),
     "navier_stokes_cavity": Equation(
-        title="the Navier-Stokes equations in a lid-driven cavity, Re = 100",
+        title="Navier-Stokes equations in a lid-driven cavity, Re = 100",
         coordinates=("x", "y"),
         losses=("momentum x", "momentum y", "continuity", "walls", "lid"),
         regions={
             "inside": (Box(128, *UNIT_SQUARE),),
-            "walls": _boundary(32, UNIT_SQUARE, "left", "right", "bottom"),
-            "lid": _boundary(32, UNIT_SQUARE, "top"),
+            "walls": boundary(32, UNIT_SQUARE, "left", "right", "bottom"),
+            "lid": boundary(32, UNIT_SQUARE, "top"),
         },
         residuals=cavity_residuals,
         reference=cavity_reference,

@@ -343,7 +343,7 @@ def figure(equation: Equation, runs: Sequence[Run]) -> Figure:
         else:
             plots.weights_over_time(run.weights, steps=run.steps, names=equation.losses, ax=ax)
             ax.set_title(f"{run.method}: effective weights", fontsize="medium")
-    picture.suptitle(f"{equation.title[0].upper()}{equation.title[1:]}")
+    picture.suptitle(equation.title)
     return picture
 
 
