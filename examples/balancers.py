@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -32,7 +33,7 @@ class Settings:
     learning_rate: float | Array
     penalty: float | Array
     seed: int | Array  # the key of methods that draw random numbers
-    selection: Array  # (K,), one-hot: the task of a single-task network
+    selection: Array  # (K,) constant weights, one-hot for a single-task network
     steps: int = dataclasses.field(metadata={"static": True})
     steps_per_epoch: int = dataclasses.field(metadata={"static": True})
     temperature: float | Array = 2.0  # of dwa
@@ -50,15 +51,31 @@ class Settings:
 
 Factory = Callable[[Settings], optax.GradientTransformation]
 
+
+def root_losses() -> optax.GradientTransformation:
+    """Returns the link to the square roots of the losses; to be replaced by a link of the library.
+
+    The derivative by a loss of zero is zero.
+    """
+
+    def update(losses, state, **_):
+        positive = losses > 0
+        return jnp.where(positive, jnp.sqrt(jnp.where(positive, losses, 1.0)), 0.0), state
+
+    return bilb.loss_transformation(lambda num_tasks, dtype: optax.EmptyState(), update)
+
+
 METHODS: dict[str, Factory] = {
     "ls": lambda s: bilb.linear_scalarization(),
     "si": lambda s: bilb.log_losses(),
     "log": lambda s: bilb.log_losses(),  # another name for a link in front of others
+    "root": lambda s: root_losses(),
     "bilb4mtl": lambda s: bilb.presets.bilb4mtl_qm9(
         s.penalty, every=s.steps_per_epoch, optimizer=s.optimizer(), key=s.seed
     ),
     "bilb4mtl_celeba": lambda s: bilb.presets.bilb4mtl_celeba(s.penalty, optimizer=s.optimizer()),
     "marigold": lambda s: bilb.marigold(),
+    "marigold_nash": lambda s: bilb.marigold("nash"),
     "igb_v1": lambda s: bilb.igb_v1(s.steps_per_epoch, s.steps_per_epoch),
     "igb_v2": lambda s: bilb.igb_v2(
         s.steps_per_epoch,

@@ -16,9 +16,9 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import balancers
 import flax.linen as nn
@@ -284,19 +284,27 @@ def ingredients(
     # Slopes, norms and Gram matrices concern what the tasks share.
     shared = {f"trunk_{layer}": True for layer in range(len(network.hidden))}
     shared |= {f"head_{k}": False for k in range(len(network.heads))}
-    shared = {"params": shared}
+    return driver(settings, method, task_losses, {"params": shared}), settings.optimizer()
+
+
+def driver(
+    settings: Settings,
+    method: str,
+    task_losses: Callable[..., Array],
+    shared: Any = True,
+    known: Mapping[str, Callable] = METHODS | REFERENCES,
+) -> Any:
+    """Returns the value and gradient of task losses under a method, a chain or an aggregator."""
     *front, last = method.split("+")
     if last in AGGREGATORS:
-        balancer = balancers.make("+".join(front) or "ls", settings)
-        aggregator = AGGREGATORS[last](settings, shared)
-        return Aggregated(task_losses, balancer, aggregator), settings.optimizer()
-    value_and_grad = bilb.value_and_grad(
+        balancer = balancers.make("+".join(front) or "ls", settings, known)
+        return Aggregated(task_losses, balancer, AGGREGATORS[last](settings, shared))
+    return bilb.value_and_grad(
         task_losses,
-        balancers.make(method, settings),
+        balancers.make(method, settings, known),
         shared=shared,
         gram=balancers.GRAMS[settings.gram](settings),
     )
-    return value_and_grad, settings.optimizer()
 
 
 def over_networks(function: Callable[..., Any], settings: Settings, networks: int | None) -> Any:
@@ -336,22 +344,32 @@ def continue_training(settings, carry, pool, rows, *, method, network, tasks, wi
     """
 
     def run(settings, carry, rows):
-        value_and_grad, optimizer = ingredients(settings, method, network, tasks)
-
-        def step(carry, rows):
-            parameters, opt_state, state = carry
-            batch = jax.tree.map(lambda x: x[rows], pool)
-            losses, gradient, state = value_and_grad(parameters, state, batch)
-            updates, opt_state = optimizer.update(gradient, opt_state, parameters)
-            parameters = optax.apply_updates(parameters, updates)
-            state = value_and_grad.after(parameters, state, batch)
-            return (parameters, opt_state, state), (losses, state.effective_weights)
-
-        carry, history = jax.lax.scan(step, carry, rows)
-        thin = lambda x: x.reshape(-1, window, *x.shape[1:]).mean(1)
-        return carry, jax.tree.map(thin, history)
+        parts = ingredients(settings, method, network, tasks)
+        batch_of = lambda rows: jax.tree.map(lambda x: x[rows], pool)
+        return scan_steps(*parts, carry, rows, batch_of, window)
 
     return over_networks(run, settings, networks=0)(settings, carry, rows)
+
+
+def scan_steps(value_and_grad, optimizer, carry, draws, batch_of, window):
+    """Takes a training step on ``batch_of(draw)`` for each of the draws, leading axis steps.
+
+    Returns:
+        The new carry, and the losses and effective weights averaged over windows of steps.
+    """
+
+    def step(carry, draw):
+        parameters, opt_state, state = carry
+        batch = batch_of(draw)
+        losses, gradient, state = value_and_grad(parameters, state, batch)
+        updates, opt_state = optimizer.update(gradient, opt_state, parameters)
+        parameters = optax.apply_updates(parameters, updates)
+        state = value_and_grad.after(parameters, state, batch)
+        return (parameters, opt_state, state), (losses, state.effective_weights)
+
+    carry, history = jax.lax.scan(step, carry, draws)
+    thin = lambda x: x.reshape(-1, window, *x.shape[1:]).mean(1)
+    return carry, jax.tree.map(thin, history)
 
 
 @functools.partial(jax.jit, static_argnames=("network", "tasks"))
@@ -368,6 +386,8 @@ def evaluate(parameters, test, *, network, tasks):
 @dataclasses.dataclass(frozen=True)
 class Options:
     """The options that all examples have."""
+
+    known: ClassVar[Mapping[str, Callable]] = METHODS
 
     method: Annotated[
         tuple[str, ...],
@@ -391,7 +411,7 @@ class Options:
 
     def mistake(self) -> str | None:
         """Says what is wrong with the options, if anything."""
-        if mistake := balancers.mistake(self.method):
+        if mistake := balancers.mistake(self.method, self.known):
             return mistake
         if self.seeds < 1 or (self.steps is not None and self.steps < 1):
             return "--seeds and --steps must be at least 1"

@@ -69,7 +69,11 @@ def _cells(table: Sequence[Row], task_names: Sequence[str]) -> list[list[str]]:
 
 def text_table(table: Sequence[Row], task_names: Sequence[str]) -> str:
     """Returns the table in columns of fixed width."""
-    cells = _cells(table, task_names)
+    return aligned(_cells(table, task_names))
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> str:
+    """Returns lines of cells, the head first, in columns of fixed width."""
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = [
         " ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))])
@@ -81,7 +85,12 @@ def text_table(table: Sequence[Row], task_names: Sequence[str]) -> str:
 
 def markdown_table(table: Sequence[Row], task_names: Sequence[str]) -> str:
     """Returns the same table in Markdown."""
-    head, *body = _cells(table, task_names)
+    return markdown(_cells(table, task_names))
+
+
+def markdown(cells: Sequence[Sequence[str]]) -> str:
+    """Returns lines of cells, the head first, in Markdown."""
+    head, *body = cells
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *body])
 
@@ -122,10 +131,6 @@ def _seeds(number: int) -> str:
 
 def write_numbers(path: Path, runs: Sequence[Run], table: Sequence[Row], setting: Any) -> None:
     """Writes everything behind the table and the figure as JSON."""
-
-    def plain(values: np.ndarray | None) -> Any:
-        return None if values is None else [_rounded(v) for v in values.tolist()]
-
     methods = {
         run.method: {
             "errors": plain(run.errors),
@@ -139,6 +144,11 @@ def write_numbers(path: Path, runs: Sequence[Run], table: Sequence[Row], setting
         for run, row in zip(runs, table)
     }
     path.write_text(json.dumps({"setting": setting, "methods": methods}), encoding="utf-8")
+
+
+def plain(values: np.ndarray | None) -> Any:
+    """Returns an array as nested lists of numbers with six digits."""
+    return None if values is None else [_rounded(v) for v in values.tolist()]
 
 
 def _rounded(value: Any) -> Any:
