@@ -194,6 +194,7 @@ def make_batches(
 ) -> Iterator[experiment.Data]:
     """Yields the batches from step ``first`` on; every process lays out its own examples only."""
     split = NamedSharding(mesh, BATCH)
+    problem = dataclasses.replace(problem, batch_size=options.batch_size)
     order = experiment.batch_order(problem, options.steps, options.seed + 1)[options.seed]
 
     def place(array, rows):
@@ -224,9 +225,8 @@ def describe(options: Options, mesh: Mesh, program: Program) -> str:
     )
 
 
-def train(options: Options, problem: experiment.Problem, mesh: Mesh) -> State:
-    """Trains from the last checkpoint, or from the start, and returns the state in the end."""
-    problem = dataclasses.replace(problem, batch_size=options.batch_size)
+def program_of(options: Options, problem: experiment.Problem, mesh: Mesh) -> Program:
+    """Returns the training of a problem's network with the chosen method."""
     settings = balancers.Settings(
         learning_rate=problem.learning_rate,
         penalty=options.penalty,
@@ -241,17 +241,21 @@ def train(options: Options, problem: experiment.Problem, mesh: Mesh) -> State:
     value_and_grad, optimizer = experiment.ingredients(settings, options.method, network, tasks)
     batch = jax.tree.map(lambda array: array[: options.batch_size], problem.pool)
     parameters = lambda: network.init(jax.random.key(options.seed), batch.inputs[:1])
-    program = make_program(value_and_grad, optimizer, parameters, batch, mesh)
-    say(describe(options, mesh, program))
+    return make_program(value_and_grad, optimizer, parameters, batch, mesh)
 
+
+def train(options: Options, problem: experiment.Problem, mesh: Mesh) -> State:
+    """Trains from the last checkpoint, or from the start, and returns the state in the end."""
+    program = program_of(options, problem, mesh)
+    say(describe(options, mesh, program))
     same = ("method", "steps", "batch_size", "seed", "penalty", "gram", "decay")
     setting = {name: getattr(options, name) for name in same}
     with checkpoints.Checkpoints(options.output, program.state, setting) as kept:
         first, state = kept.restore() or (0, program.init())
         say(f"{options.method}: from step {first} to {options.steps}")
         batches = make_batches(problem, options, mesh, first)
-        for step, examples in enumerate(batches, start=first + 1):
-            state, losses = program.step(state, examples)
+        for step, batch in enumerate(batches, start=first + 1):
+            state, losses = program.step(state, batch)
             if step % options.every == 0 or step == options.steps:
                 kept.save(step, state)
                 say(f"step {step}: losses {rounded(losses)}{weights_of(state)}")
