@@ -15,7 +15,7 @@ import optax
 import pod
 import pytest
 from checkpoints import SEAL, Checkpoints
-from contract import assert_equal, numbers, warm
+from contract import assert_equal, numbers
 from jax.sharding import AxisType, Mesh, NamedSharding
 from methods import METHODS
 from test_examples import small_problem
@@ -196,13 +196,25 @@ def test_gram_matrices_at_a_representation_move_what_depends_on_the_tasks_alone(
 REPRESENTATIVES = [method for method in METHODS if method.kin is None]
 
 
-@functools.cache
+def numbered(shapes):
+    """Returns arrays of these shapes and dtypes, keys among them, whose entries all differ."""
+    rng = np.random.default_rng(0)
+
+    def fill(leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.split(jax.random.key(rng.integers(99)), leaf.shape)
+        return jnp.asarray(rng.normal(size=leaf.shape) * 100, leaf.dtype)
+
+    return jax.tree.map(fill, shapes)
+
+
 def whole_state():
-    """Returns parameters, Adam's state, and a state of every method that has learnt something."""
+    """Returns parameters, Adam's state, and a state of every method."""
     params = {"kernel": jnp.sin(jnp.arange(96.0)).reshape(16, 6), "bias": jnp.ones(6, jnp.bfloat16)}
-    balance = {method.name: warm(method, K, steps=2)[0] for method in REPRESENTATIVES}
+    init = lambda: {method.name: method.make(K).init(jnp.ones(K)) for method in REPRESENTATIVES}
+    balance = numbered(jax.eval_shape(init))
     balance["keys"] = {"threefry": jax.random.key(1), "rbg": jax.random.key(1, impl="rbg")}
-    return pod.State(params, optax.adam(1e-3).init(params), balance)
+    return pod.State(params, numbered(jax.eval_shape(optax.adam(1e-3).init, params)), balance)
 
 
 def place(state, devices):
@@ -220,13 +232,15 @@ def on_host(tree):
 
 
 def test_checkpoints_are_exact_for_every_method_on_as_many_devices_and_on_fewer(tmp_path):
-    state, template = place(whole_state(), 8)
+    whole = whole_state()
+    assert {"rlw", "igb_v2", "pcgrad", "mgda", "famo"} <= {*whole.balance}
+    state, template = place(whole, 8)
     assert not state.parameters["kernel"].is_fully_replicated
     with Checkpoints(tmp_path, template, {}) as kept:
         assert kept.restore() is None
         kept.save(3, state)
     for devices in (8, 2):
-        _, template = place(whole_state(), devices)
+        _, template = place(whole, devices)
         with Checkpoints(tmp_path, template, {}) as kept:
             step, restored = kept.restore()
         assert step == 3
@@ -306,7 +320,7 @@ def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_used(
     assert restore(tmp_path) == (2, 2.0)
     for step in (1, 2):
         spoil(tmp_path / str(step))
-    with pytest.raises(ValueError, match="every checkpoint in .* is damaged"):
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
         restore(tmp_path)
 
 
