@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -131,15 +131,24 @@ def describe(state: Any) -> dict[str, str]:
     return {jax.tree_util.keystr(path): name(leaf) for path, leaf in leaves}
 
 
-def compare(found: Mapping[str, Any], wanted: Mapping[str, Any], most: int = 3):
-    """Yields what differs between the contents of two seals, of every kind ``most`` at most."""
-    for kind in ("setting", "arrays"):
-        old, new = found[kind], wanted[kind]
-        names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-        for name in names[:most]:
-            yield f"{name} is {old.get(name, 'absent')} there and {new.get(name, 'absent')} here"
-        if len(names) > most:
-            yield f"{len(names) - most} more of the {kind}"
+def compare(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what differs between the contents of two seals."""
+    old, new = found["setting"], wanted["setting"]
+    for name in {**old, **new}:
+        if old.get(name) != new.get(name):
+            yield f"{name} is {old.get(name)} there and {new.get(name)} here"
+    old, new = found["arrays"], wanted["arrays"]
+    if lost := [f"{name} {old[name]}" for name in old if name not in new]:
+        yield f"only there {_some(lost)}"
+    if added := [f"{name} {new[name]}" for name in new if name not in old]:
+        yield f"only here {_some(added)}"
+    both = [name for name in old if new.get(name, old[name]) != old[name]]
+    if changed := [f"{name} {old[name]} there and {new[name]} here" for name in both]:
+        yield _some(changed)
+
+
+def _some(names, most=4):
+    return ", ".join([*names[:most], *([f"{len(names) - most} more"] * (len(names) > most))])
 
 
 def damage(seal: epath.Path) -> str | None:

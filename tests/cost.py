@@ -31,7 +31,9 @@ _CALLS = re.compile(
     r"(?:calls|body|condition|true_computation|false_computation)=%?([\w.-]+)|"
     r"branch_computations=\{([^}]*)\}"
 )
+_CONDITION = re.compile(r" while\(.* condition=%?([\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 _ARRAY = re.compile(r"(?:pred|[a-z]+(\d+))\[([\d,]*)\]")
 
 
@@ -94,12 +96,20 @@ def collectives(text):
         for line in bodies.get(name, ()):
             if moved := _COLLECTIVE.search(line):
                 found.append(Collective(moved[2], _bytes(moved[1]), 1))
-            trips = int(match[1]) if (match := _TRIPS.search(line)) else 1
             called = _CALLS.findall(line) if "async-done" not in line else ()
             for one, several in called:
                 for inner in (one, *re.split(r"[,%\s]+", several)):
-                    found += [c._replace(times=c.times * trips) for c in of(inner)]
+                    found += [c._replace(times=c.times * trips(line)) for c in of(inner)]
         return found
+
+    def trips(line):
+        if known := _TRIPS.search(line):
+            return int(known[1])
+        # The TPU compiler does not say it: a loop from 0 up to a constant in its condition.
+        loop = _CONDITION.search(line)
+        condition = "\n".join(bodies[loop[1]]) if loop else ""
+        bounds = _BOUND.findall(condition)
+        return int(bounds[0]) if len(bounds) == 1 and "direction=LT" in condition else 1
 
     return of(entry)
 
