@@ -1,6 +1,7 @@
 """What a compiled program costs: flops, memory, matrix products, collectives.
 
-All of it is read off the program; nothing runs. A loop counts as one pass of its body.
+All of it is read off the program; nothing runs. A loop counts as one pass of its body, but for the
+collectives in it.
 """
 
 import dataclasses
@@ -8,6 +9,7 @@ import functools
 import itertools
 import math
 import re
+from typing import NamedTuple
 
 import jax
 import jax.extend
@@ -19,8 +21,28 @@ import bilb
 _MATRIX_PRODUCT = re.compile(
     r"= \S+ (?:dot|convolution)\(|custom_call_target=\"[^\"]*(?:matmul|dot|conv)", re.I
 )
-_ALL_REDUCE = re.compile(r"= (.+?) all-reduce(?:-start)?\(")
+# A pair of start and done counts at its end, whose type is that of the result alone.
+_COLLECTIVE = re.compile(
+    r"= (.+?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|"
+    r"collective-broadcast|ragged-all-to-all)(?:-done)?\("
+)
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+_CALLS = re.compile(
+    r"(?:calls|body|condition|true_computation|false_computation)=%?([\w.-]+)|"
+    r"branch_computations=\{([^}]*)\}"
+)
+_CONDITION = re.compile(r" while\(.* condition=%?([\w.-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 _ARRAY = re.compile(r"(?:pred|[a-z]+(\d+))\[([\d,]*)\]")
+
+
+class Collective(NamedTuple):
+    """An operation in which devices exchange data."""
+
+    kind: str  # such as "all-reduce"
+    bytes: int  # of the result on each device, all arrays together
+    times: int  # how often it runs, more than once in a loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +53,13 @@ class Cost:
         flops: as XLA counts them.
         temporary_bytes: memory beyond arguments and results.
         matrix_products: dots, convolutions, and calls of a library that does them.
-        all_reduces: the bytes of every all-reduce, one entry an operation.
+        collectives: all operations between devices.
     """
 
     flops: float
     temporary_bytes: int
     matrix_products: int
-    all_reduces: tuple[int, ...]
+    collectives: tuple[Collective, ...]
 
 
 def measure(function, *args):
@@ -49,8 +71,47 @@ def measure(function, *args):
         flops=compiled.cost_analysis()["flops"],
         temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
         matrix_products=len(_MATRIX_PRODUCT.findall(text)),
-        all_reduces=tuple(_bytes(result) for result in _ALL_REDUCE.findall(text)),
+        collectives=tuple(collectives(text)),
     )
+
+
+def moved(collectives, *kinds):
+    """Returns how many collectives of these kinds run, all if none is given, and their bytes."""
+    chosen = [c for c in collectives if c.kind in kinds or not kinds]
+    return sum(c.times for c in chosen), sum(c.times * c.bytes for c in chosen)
+
+
+def collectives(text):
+    """Returns the collectives of a compiled program's text, loops of known length in full."""
+    bodies, entry, body = {}, None, []
+    for line in text.splitlines():
+        if head := _COMPUTATION.match(line):
+            body = bodies.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        body.append(line)
+
+    @functools.cache
+    def of(name):
+        found = []
+        for line in bodies.get(name, ()):
+            if moved := _COLLECTIVE.search(line):
+                found.append(Collective(moved[2], _bytes(moved[1]), 1))
+            called = _CALLS.findall(line) if "async-done" not in line else ()
+            for one, several in called:
+                for inner in (one, *re.split(r"[,%\s]+", several)):
+                    found += [c._replace(times=c.times * trips(line)) for c in of(inner)]
+        return found
+
+    def trips(line):
+        if known := _TRIPS.search(line):
+            return int(known[1])
+        # The TPU compiler does not say it: a loop from 0 up to a constant in its condition.
+        loop = _CONDITION.search(line)
+        condition = "\n".join(bodies[loop[1]]) if loop else ""
+        bounds = _BOUND.findall(condition)
+        return int(bounds[0]) if len(bounds) == 1 and "direction=LT" in condition else 1
+
+    return of(entry)
 
 
 def product_flops(jaxpr):

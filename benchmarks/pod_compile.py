@@ -1,0 +1,217 @@
+"""What a training step costs on TPU pods, read off programs compiled on a machine without a TPU.
+
+Compiles the step of examples/pod.py, on a multi-layer perceptron with K heads, for TPU topologies
+of up to thousands of chips, and prints for each method what one chip does: flops, the peak of its
+memory, and every exchange of data with the others.
+
+* ls: the plain sum of the losses, what all else is compared with
+* bilb4mtl, igb_v1, igb_v2 read the losses; marigold and famo take slopes; mgda the Gram matrix,
+  exact, sketched with one probe, or (jacrev) from all task gradients at once
+
+Nothing is executed: there are no times and no numbers. XLA counts a loop as one pass of its body in
+its flops, which are too low for igb_v2, mgda and its sketch; collectives are counted in full.
+
+    pip install 'bilb[tpu]'                                     # libtpu, about 200 MB
+    python benchmarks/pod_compile.py
+    python benchmarks/pod_compile.py --topology v5e:16x16 --shards 16 --method ls bilb4mtl
+    python benchmarks/pod_compile.py --topology v5e:4x4*2       # two slices
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports jax. Nothing may ask the network for a TPU, and two runs must not collide.
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_LOG_DIR": "disabled",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+import collections
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import tyro
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import balancers
+import cost
+import experiment
+import pod
+
+import bilb
+
+#: Methods of the examples, with the way to take Gram matrices.
+PROGRAMS = {
+    **{m: (m, "exact") for m in ("ls", "bilb4mtl", "igb_v1", "igb_v2", "marigold", "famo")},
+    "mgda": ("mgda", "exact"),
+    "mgda-sketch": ("mgda", "sketch"),
+    "mgda-jacrev": ("mgda", "jacrev"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Compiles training steps for TPU topologies and prints what they cost."""
+
+    topology: tuple[str, ...] = ("v5e:2x4", "v5e:16x16", "v6e:16x16", "v5p:8x16x16")
+    """TPU topologies; v5e:4x4*2 is two slices of them."""
+    method: tuple[str, ...] = tuple(PROGRAMS)
+    """The programs."""
+    num_tasks: int = 40
+    """K."""
+    widths: tuple[int, ...] = (512, 512, 512)
+    """Of the trunk's layers."""
+    batch: int = 32
+    """Examples per chip."""
+    shards: int = 1
+    """Chips among which the parameters are split."""
+    output: Path = Path("outputs/pod_compile")
+    """Folder for the table and its numbers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What one program costs each chip."""
+
+    topology: str
+    chips: int
+    method: str
+    flops: float
+    peak_bytes: int
+    collectives: tuple[cost.Collective, ...]
+    seconds: float  # to compile
+
+
+def make_mesh(name: str, shards: int) -> Mesh:
+    """Returns the chips of a topology as (data, shard), slices one after the other."""
+    layout, _, slices = name.partition("*")
+    description = topologies.get_topology_desc(
+        platform="tpu", topology_name=layout, num_slices=int(slices or 1)
+    )
+    shape = (len(description.devices) // shards, shards)
+    axes = ("data", "shard")
+    if not slices:
+        return topologies.make_mesh(description, shape, axes)
+    chips = sorted(description.devices, key=lambda chip: (chip.slice_index, chip.id))
+    return Mesh(np.array(chips).reshape(shape), axes, axis_types=(AxisType.Auto,) * 2)
+
+
+def make_program(name: str, options: Options, mesh: Mesh) -> tuple[pod.Program, Any]:
+    """Returns the training over a mesh, and the shapes of a batch."""
+    method, gram = PROGRAMS[name]
+    trunk = cost.Trunk(options.widths, options.batch * mesh.size, inputs=128)
+    settings = balancers.Settings(
+        learning_rate=1e-3,
+        penalty=0.05,
+        seed=0,
+        selection=np.ones(options.num_tasks),
+        steps=1_000,
+        steps_per_epoch=100,
+        decay=0.99 if gram == "sketch" else 0.0,
+    )
+    task_losses = lambda params, batch: trunk.task_losses(params, *batch)[0]
+    balancer = balancers.make(method, settings)
+    if gram == "jacrev":
+        aggregator = bilb.aggregate_by(balancer, options.num_tasks)
+        driver = experiment.Aggregated(task_losses, bilb.linear_scalarization(), aggregator)
+    else:
+        driver = bilb.value_and_grad(task_losses, balancer, gram=balancers.GRAMS[gram](settings))
+    split = NamedSharding(mesh, pod.BATCH)
+    batch = jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=split),
+        jax.eval_shape(lambda: trunk.examples(options.num_tasks)),
+    )
+    parameters = lambda: trunk.params(options.num_tasks)
+    return pod.make_program(driver, optax.adamw(1e-3), parameters, batch, mesh), batch
+
+
+def measure(topology: str, method: str, options: Options) -> Row:
+    mesh = make_mesh(topology, options.shards)
+    program, batch = make_program(method, options, mesh)
+    start = time.perf_counter()
+    compiled = program.step.lower(program.state, batch).compile()
+    return Row(
+        topology=topology,
+        chips=mesh.size,
+        method=method,
+        flops=compiled.cost_analysis()["flops"],
+        peak_bytes=compiled.memory_analysis().peak_memory_in_bytes,
+        collectives=tuple(cost.collectives(compiled.as_text())),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def exchanges(collectives: Sequence[cost.Collective]) -> str:
+    """Says which collectives run how often, with the bytes of each."""
+    counts = collections.Counter()
+    for collective in collectives:
+        counts[collective.kind, collective.bytes] += collective.times
+    return ", ".join(
+        f"{f'{times} x ' if times > 1 else ''}{kind} {size:,}"
+        for (kind, size), times in sorted(counts.items())
+    )
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Returns the rows as a table."""
+    plain = {row.topology: row for row in rows if row.method == "ls"}
+    lines = ["| topology | chips | method | Mflop | peak MB | of ls | moved bytes | collectives |"]
+    lines.append("|" + "---|" * 8)
+    for row in rows:
+        of_plain = (
+            row.peak_bytes / plain[row.topology].peak_bytes if row.topology in plain else None
+        )
+        cells = [
+            row.topology,
+            row.chips,
+            row.method,
+            f"{row.flops / 1e6:.1f}",
+            f"{row.peak_bytes / 1e6:.2f}",
+            "" if of_plain is None else f"{of_plain:.3f}",
+            f"{cost.moved(row.collectives)[1]:,}",
+            exchanges(row.collectives),
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def main(options: Options) -> None:
+    if unknown := set(options.method) - PROGRAMS.keys():
+        sys.exit(f"error: unknown method {min(unknown)}; choose from: {', '.join(PROGRAMS)}")
+    rows = []
+    for topology in options.topology:
+        for method in options.method:
+            try:
+                rows.append(measure(topology, method, options))
+            except RuntimeError as error:
+                if "TPU support not installed" in str(error):
+                    sys.exit("error: no libtpu here; pip install 'bilb[tpu]'")
+                raise
+            print(f"{topology} {method}: compiled in {rows[-1].seconds:.1f} s", flush=True)
+    text = markdown(rows)
+    print(text)
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "pod_compile.md").write_text(text + "\n")
+    found = [dataclasses.asdict(row) for row in rows]
+    (options.output / "pod_compile.json").write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

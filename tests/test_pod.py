@@ -1,0 +1,410 @@
+"""The example over a mesh of eight devices, what its programs move, and its checkpoints."""
+
+import dataclasses
+import functools
+import shutil
+import sys
+
+import chex
+import cost
+import experiment
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pod
+import pytest
+from checkpoints import SEAL, Checkpoints
+from contract import assert_equal, numbers
+from jax.sharding import AxisType, Mesh, NamedSharding
+from methods import METHODS
+from test_examples import small_problem
+
+import bilb
+
+DEVICES = 8
+SLOW = pytest.mark.slow
+K = 5
+
+pytestmark = pytest.mark.skipif(len(jax.devices()) < DEVICES, reason="needs eight devices")
+
+
+def problem():
+    """Five tasks: those of the small problem, and two of them once more."""
+    three = small_problem(train_size=48, hidden=(16, 16))
+    again = lambda data: data._replace(targets=(*data.targets, *data.targets[1:]))
+    tasks = (*three.tasks, *three.tasks[1:])
+    return dataclasses.replace(three, tasks=tasks, pool=again(three.pool), test=again(three.test))
+
+
+class Gathering(experiment.MultiTaskNetwork):
+    """Where axes are explicit, a model has to say that it wants split parameters whole."""
+
+    def apply(self, parameters, inputs):
+        mesh = jax.typeof(inputs).sharding.mesh
+        if not mesh.empty:
+            parameters = jax.reshard(parameters, NamedSharding(mesh, pod.WHOLE))
+        return super().apply(parameters, inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class GatheringProblem(experiment.Problem):
+    @property
+    def network(self):
+        return Gathering(super().network.hidden, super().network.heads)
+
+
+def options_of(method, folder="unused", **changes):
+    return pod.Options(method=method, batch_size=16, steps=6, every=3, output=folder, **changes)
+
+
+def one_device():
+    axis_types = (AxisType.Auto,) * 2
+    return Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "shard"), axis_types)
+
+
+@functools.cache
+def steps(method, mesh, count=4):
+    """Returns the last batch, state and losses after some steps, without checkpoints."""
+    options, trained = options_of(method), problem()
+    if AxisType.Explicit in mesh.axis_types and mesh.shape["shard"] > 1:
+        trained = GatheringProblem(**vars(trained))
+    program, state = pod.program_of(options, trained, mesh), None
+    for batch in pod.make_batches(trained, options, mesh, options.steps - count):
+        state, losses = program.step(program.init() if state is None else state, batch)
+    return batch, state, losses
+
+
+OF_A_KIND = ["bilb4mtl", "si+mgda", "igb_v1+famo", "graddrop"]
+
+
+@pytest.mark.parametrize(
+    ("axis_type", "shards"),
+    [
+        (AxisType.Auto, 2),
+        (AxisType.Explicit, 1),
+        pytest.param(AxisType.Explicit, 2, marks=SLOW),
+        pytest.param(AxisType.Auto, 1, marks=SLOW),
+    ],
+)
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=[SLOW] * (m != "bilb4mtl")) for m in OF_A_KIND]
+)
+def test_training_on_eight_devices_is_that_on_one(method, axis_type, shards):
+    mesh = pod.make_mesh(shards, axis_type)
+    batch, state, losses = steps(method, mesh)
+    assert batch.inputs.sharding == NamedSharding(mesh, pod.BATCH)
+    assert mesh.axis_types == (axis_type, axis_type)
+    kernel = state.parameters["params"]["trunk_1"]["kernel"]
+    assert kernel.addressable_data(0).size == kernel.size // shards
+    assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state.balance))
+    _, expected, expected_losses = steps(method, one_device())
+    close = functools.partial(chex.assert_trees_all_close, rtol=1e-3, atol=1e-4)
+    close(np.asarray(losses), np.asarray(expected_losses))
+    close(*(jax.tree.map(np.asarray, numbers(tree)) for tree in (state, expected)))
+
+
+@functools.cache
+def collectives(method, shards, **changes):
+    """Returns the collectives of a step over a mesh, and the bytes of the parameters."""
+    options, mesh = options_of(method, **changes), pod.make_mesh(shards)
+    program = pod.program_of(options, problem(), mesh)
+    placed = NamedSharding(mesh, pod.BATCH)
+    rows = lambda array: jax.ShapeDtypeStruct((16, *array.shape[1:]), array.dtype, sharding=placed)
+    lowered = program.step.lower(program.state, jax.tree.map(rows, problem().pool))
+    text = lowered.compile({"xla_backend_optimization_level": 0}).as_text()
+    parameters = sum(4 * leaf.size for leaf in jax.tree.leaves(program.state.parameters))
+    return cost.collectives(text), parameters
+
+
+FIRST_RUNG = ["bilb4mtl"]
+FIRST_RUNG += [
+    pytest.param(m, marks=SLOW)
+    for m in ("si", "rlw", "dwa", "uw", "gls", "imtl_l", "stch", "pbi", "cosmos")
+]
+FIRST_RUNG += [pytest.param(m, marks=SLOW) for m in ("stch_nadir", "igb_v1", "igb_v2")]
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("method", FIRST_RUNG)
+def test_methods_of_the_first_rung_add_one_reduction_of_k_floats_at_most(method, shards):
+    plain, _ = collectives("ls", shards)
+    found, _ = collectives(method, shards)
+    others = lambda found: sorted(c for c in found if c.kind != "all-reduce")
+    assert others(found) == others(plain)
+    (times, size), (plain_times, plain_size) = (cost.moved(c, "all-reduce") for c in (found, plain))
+    assert plain_times > 0
+    assert times <= plain_times + 1
+    assert size <= plain_size + 4 * K
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize(
+    ("method", "gram"),
+    [
+        ("marigold", "exact"),
+        pytest.param("famo", "exact", marks=SLOW),
+        pytest.param("mgda", "sketch", marks=SLOW),
+    ],
+)
+def test_slopes_and_sketches_add_two_reductions_of_k_floats_at_most(method, gram, shards):
+    plain, parameters = collectives("ls", shards)
+    found, _ = collectives(method, shards, gram=gram, decay=0.9)
+    (times, size), (plain_times, plain_size) = (cost.moved(c, "all-reduce") for c in (found, plain))
+    assert times <= plain_times + 2
+    assert size <= plain_size + 2 * 4 * K
+    # One more forward pass needs split parameters, or a direction split as they are, once more.
+    more = cost.moved(found)[1] - size - (cost.moved(plain)[1] - plain_size)
+    assert more <= (0 if shards == 1 else parameters)
+
+
+def test_the_exact_gram_matrix_reduces_every_task_gradient():
+    """It needs them whole; and the count of collectives sees what is in a loop."""
+    plain, parameters = collectives("ls", 1)
+    found, _ = collectives("imtl_g", 1)
+    assert cost.moved(found)[1] > cost.moved(plain)[1] + 0.5 * K * parameters
+    assert max(c.times for c in found) == K
+
+
+def test_gram_matrices_at_a_representation_move_what_depends_on_the_tasks_alone():
+    """Whatever the trunk: K columns of K floats, and one for the losses."""
+    mesh, placed = pod.make_mesh(), NamedSharding(pod.make_mesh(), pod.BATCH)
+    batch = jax.ShapeDtypeStruct((16, 5), jnp.float32, sharding=placed)
+
+    def found(width, method):
+        trunk = lambda params, x: jnp.tanh(jnp.tanh(x @ params["in"]) @ params["out"])
+        losses = lambda params, z, x: jnp.mean((z @ params["heads"] - x) ** 2, axis=0)
+        parameters = lambda: {
+            "in": jnp.ones((5, width)),
+            "out": jnp.ones((width, 8)),
+            "heads": jnp.ones((8, K)),
+        }
+        driver = bilb.representation_value_and_grad(trunk, losses, method)
+        program = pod.make_program(driver, optax.sgd(0.1), parameters, batch, mesh)
+        lowered = program.step.lower(program.state, batch)
+        compiled = lowered.compile({"xla_backend_optimization_level": 0})
+        return cost.moved(cost.collectives(compiled.as_text()))
+
+    for width in (16, 64):
+        (times, size), (plain_times, plain_size) = (
+            found(width, method) for method in (bilb.imtl_g(), bilb.linear_scalarization())
+        )
+        assert times <= plain_times + K + 1
+        assert size <= plain_size + 4 * K * (K + 1)
+
+
+REPRESENTATIVES = [method for method in METHODS if method.kin is None]
+
+
+def numbered(shapes):
+    """Returns arrays of these shapes and dtypes, keys among them, whose entries all differ."""
+    rng = np.random.default_rng(0)
+
+    def fill(leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.split(jax.random.key(rng.integers(99)), leaf.shape)
+        return jnp.asarray(rng.normal(size=leaf.shape) * 100, leaf.dtype)
+
+    return jax.tree.map(fill, shapes)
+
+
+def whole_state():
+    """Returns parameters, Adam's state, and a state of every method."""
+    params = {"kernel": jnp.sin(jnp.arange(96.0)).reshape(16, 6), "bias": jnp.ones(6, jnp.bfloat16)}
+    init = lambda: {method.name: method.make(K).init(jnp.ones(K)) for method in REPRESENTATIVES}
+    balance = numbered(jax.eval_shape(init))
+    balance["keys"] = {"threefry": jax.random.key(1), "rbg": jax.random.key(1, impl="rbg")}
+    return pod.State(params, numbered(jax.eval_shape(optax.adam(1e-3).init, params)), balance)
+
+
+def place(state, devices):
+    """Returns a state over so many devices, the kernels split over them, and its shapes."""
+    mesh = Mesh(np.array(jax.devices()[:devices]).reshape(1, devices), ("data", "shard"))
+    of = lambda leaf: NamedSharding(mesh, pod.partition(leaf, devices))
+    whole = NamedSharding(mesh, pod.WHOLE)
+    shardings = jax.tree.map(of, state)._replace(balance=jax.tree.map(lambda _: whole, state[2]))
+    placed = lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s)
+    return jax.device_put(state, shardings), jax.tree.map(placed, state, shardings)
+
+
+def on_host(tree):
+    return jax.tree.map(np.asarray, numbers(tree))
+
+
+def test_checkpoints_are_exact_for_every_method_on_as_many_devices_and_on_fewer(tmp_path):
+    whole = whole_state()
+    assert {"rlw", "igb_v2", "pcgrad", "mgda", "famo"} <= {*whole.balance}
+    state, template = place(whole, 8)
+    assert not state.parameters["kernel"].is_fully_replicated
+    with Checkpoints(tmp_path, template, {}) as kept:
+        assert kept.restore() is None
+        kept.save(3, state)
+    for devices in (8, 2):
+        _, template = place(whole, devices)
+        with Checkpoints(tmp_path, template, {}) as kept:
+            step, restored = kept.restore()
+        assert step == 3
+        chex.assert_trees_all_equal_structs(restored, state)
+        assert jax.tree.map(lambda leaf: leaf.dtype, restored) == jax.tree.map(
+            lambda leaf: leaf.dtype, state
+        )
+        chex.assert_trees_all_equal(on_host(restored), on_host(state))
+        assert restored.parameters["kernel"].sharding == template.parameters["kernel"].sharding
+
+
+def counting(value):
+    """Returns a state of one vector, and its shape."""
+    state = {"count": jnp.full(1000, value) + jnp.arange(1000.0)}
+    return place(pod.State(state, {}, {}), 1)
+
+
+def save(folder, *steps, setting=None):
+    template = counting(0)[1]
+    with Checkpoints(folder, template, setting or {}) as kept:
+        for step in steps:
+            kept.save(step, counting(step)[0])
+
+
+def restore(folder, setting=None):
+    with Checkpoints(folder, counting(0)[1], setting or {}) as kept:
+        step, state = kept.restore()
+    return step, state.parameters["count"][0]
+
+
+def largest_file(folder):
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+def cut_short(folder):
+    file = largest_file(folder)
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def lose(folder):
+    largest_file(folder).unlink()
+
+
+def alter(folder):
+    file = largest_file(folder)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+
+
+def cut_seal(folder):
+    seal = folder / "state" / SEAL
+    seal.write_bytes(seal.read_bytes()[:-10])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (cut_short, "bytes instead of"),
+        (lose, "is missing"),
+        (alter, "has been altered"),
+        (cut_seal, "cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_used(
+    tmp_path, capsys, spoil, message
+):
+    save(tmp_path, 1, 2)
+    spoil(tmp_path / "2")
+    assert restore(tmp_path) == (1, 1.0)
+    printed = capsys.readouterr().out
+    assert "the checkpoint of step 2 is damaged and not used" in printed
+    assert message in printed
+    # The run comes to that step again.
+    save(tmp_path, 2)
+    assert restore(tmp_path) == (2, 2.0)
+    for step in (1, 2):
+        spoil(tmp_path / str(step))
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
+        restore(tmp_path)
+
+
+def test_a_checkpoint_that_was_never_finished_does_not_count(tmp_path):
+    save(tmp_path, 1)
+    shutil.copytree(tmp_path / "1", tmp_path / "2.orbax-checkpoint-tmp")
+    (tmp_path / "2.orbax-checkpoint-tmp" / "state" / SEAL).unlink()
+    assert restore(tmp_path) == (1, 1.0)
+
+
+def test_a_checkpoint_of_another_run_is_an_error_that_names_what_differs(tmp_path):
+    save(tmp_path, 1, setting={"method": "famo", "steps": 10})
+    with pytest.raises(ValueError, match="method is famo there and bilb4mtl here"):
+        restore(tmp_path, {"method": "bilb4mtl", "steps": 10})
+    assert restore(tmp_path, {"method": "famo", "steps": 10}) == (1, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            lambda: bilb.bilb4mtl().init(jnp.ones(4)),
+            r"weights float32\[3\] there and float32\[4\] here",
+        ),
+        (
+            lambda: bilb.famo().init(jnp.ones(3)),
+            r"only there .*\.router.*; only here .*\.logits float32\[3\]",
+        ),
+        (
+            lambda: bilb.chain(bilb.log_scale_by_initial_loss(), bilb.bilb4mtl()).init(jnp.ones(3)),
+            r"only here .*\.links\[0\]\.initial_losses float32\[3\]",
+        ),
+        (lambda: bilb.bilb4mtl().init(jnp.ones(3, jnp.float16)), None),
+    ],
+    ids=["tasks", "method", "chain", "same"],
+)
+def test_a_state_of_other_tasks_or_links_is_an_error_that_names_them(tmp_path, other, message):
+    state_of = lambda balance: place(pod.State({}, {}, balance), 1)
+    state, template = state_of(bilb.bilb4mtl().init(jnp.ones(3)))
+    with Checkpoints(tmp_path, template, {}) as kept:
+        kept.save(1, state)
+    with Checkpoints(tmp_path, state_of(other())[1], {}) as kept:
+        if message is None:
+            assert_equal(kept.restore()[1], state)
+        else:
+            with pytest.raises(ValueError, match=message):
+                kept.restore()
+
+
+@pytest.mark.parametrize("method", ["bilb4mtl", pytest.param("igb_v2", marks=SLOW)])
+def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, capsys, method):
+    """Its state was donated while it was being written."""
+    mesh = pod.make_mesh(2)
+    whole = pod.train(options_of(method, tmp_path), problem(), mesh)
+    assert "from step 0 to 6" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "6")
+    resumed = pod.train(options_of(method, tmp_path), problem(), mesh)
+    assert "from step 3 to 6" in capsys.readouterr().out
+    chex.assert_trees_all_equal(on_host(resumed), on_host(whole))
+    # Nothing is left to do.
+    again = pod.train(options_of(method, tmp_path), problem(), mesh)
+    chex.assert_trees_all_equal(on_host(again), on_host(whole))
+
+
+def test_what_was_found_is_said_at_the_start():
+    options, mesh = options_of("ls"), pod.make_mesh(4)
+    text = pod.describe(options, mesh, pod.program_of(options, problem(), mesh))
+    assert "found 8 cpu devices, 8 of them here; processes: 1" in text
+    assert "mesh of 2 x 4, on each device 2 of 16 examples" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "nonsense"], "unknown method 'nonsense'; choose from: ls, si"),
+        (["--steps", "0"], "at least 1"),
+        (["--processes", "2"], "--coordinator, --processes and --process go together"),
+        (["--gram", "sketch"], "give --decay too"),
+        (["--shards", "3"], "--shards 3 does not divide the number of devices, 8"),
+        (["--batch-size", "12"], "--batch-size 12 is not a multiple of the 8 devices"),
+    ],
+)
+def test_mistakes_are_told_before_any_work(monkeypatch, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["pod.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        pod.main()
+    assert message in str(stopped.value.code)
