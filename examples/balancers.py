@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -51,25 +50,11 @@ class Settings:
 
 Factory = Callable[[Settings], optax.GradientTransformation]
 
-
-def root_losses() -> optax.GradientTransformation:
-    """Returns the link to the square roots of the losses; to be replaced by a link of the library.
-
-    The derivative by a loss of zero is zero.
-    """
-
-    def update(losses, state, **_):
-        positive = losses > 0
-        return jnp.where(positive, jnp.sqrt(jnp.where(positive, losses, 1.0)), 0.0), state
-
-    return bilb.loss_transformation(lambda num_tasks, dtype: optax.EmptyState(), update)
-
-
 METHODS: dict[str, Factory] = {
     "ls": lambda s: bilb.linear_scalarization(),
     "si": lambda s: bilb.log_losses(),
     "log": lambda s: bilb.log_losses(),  # another name for a link in front of others
-    "root": lambda s: root_losses(),
+    "root": lambda s: bilb.power_losses(0.5),
     "bilb4mtl": lambda s: bilb.presets.bilb4mtl_qm9(
         s.penalty, every=s.steps_per_epoch, optimizer=s.optimizer(), key=s.seed
     ),
@@ -113,6 +98,13 @@ METHODS: dict[str, Factory] = {
     "pcd": lambda s: bilb.pcd(decay=s.decay),
     "krum": lambda s: bilb.krum(decay=s.decay),
     "cr_mogm": lambda s: bilb.cr_mogm(bilb.mgda(decay=s.decay)),
+    "softadapt": lambda s: bilb.softadapt(),
+    "relobralo": lambda s: bilb.relobralo(key=s.seed),
+    "self_adaptive": lambda s: bilb.self_adaptive(),
+    "lr_annealing": lambda s: bilb.lr_annealing(every=s.steps_per_epoch),
+    "ntk_weights": lambda s: bilb.ntk_weights(every=s.steps_per_epoch),
+    "marigold_pinn": lambda s: bilb.presets.marigold_pinn(),
+    "nash_pinn": lambda s: bilb.presets.nash_pinn(),
 }
 
 #: By the settings and the parameters that the tasks share.
