@@ -71,7 +71,7 @@ METHODS = (
     "config:stacked",
     "db_mtl",
 )
-#: That this network solves with the right weights, of 2, 5, 3 and 4 losses.
+#: Of 2, 5, 3 and 4 losses.
 PROBLEMS = ("poisson", "helmholtz", "burgers_viscous", "wave_slow")
 BASELINE = "constant"
 
