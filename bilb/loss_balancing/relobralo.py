@@ -71,7 +71,7 @@ def relobralo(
 
     References:
         Bischof and Kraus, *Multi-Objective Loss Balancing for Physics-Informed Deep Learning*,
-        arXiv 2110.09813, equations 6 to 9.
+        arXiv 2110.09813.
     """
     checks.number("alpha", alpha, minimum=0, maximum=1)
     checks.number("temperature", temperature, minimum=0, exclusive=True)
