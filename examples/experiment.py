@@ -49,13 +49,13 @@ class Task:
         """Returns the mean loss of a batch: cross-entropy, or the mean squared error."""
         if self.classes:
             return optax.softmax_cross_entropy_with_integer_labels(output, target).mean()
-        return jnp.mean((output[:, 0] - target) ** 2)
+        return jnp.mean((output.squeeze(1) - target) ** 2)
 
     def error(self, output: Array, target: Array) -> Array:
         """Returns the error shown, lower is better: misclassified %, or the mean absolute error."""
         if self.classes:
             return 100.0 * jnp.mean(output.argmax(-1) != target)
-        return self.scale * jnp.mean(jnp.abs(output[:, 0] - target))
+        return self.scale * jnp.mean(jnp.abs(output.squeeze(1) - target))
 
 
 class Data(NamedTuple):
