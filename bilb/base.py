@@ -127,9 +127,7 @@ def loss_transformation(
         arguments.ABOUT_LOSSES.setdefault(read, own)
     name = name_of(update) if name is None else name
 
-    @functools.cache
-    def specification(num_tasks: int, dtype: np.dtype) -> PyTree:
-        return jax.eval_shape(lambda: init(num_tasks, dtype))
+    specification = shapes_of(init)
 
     def init_fn(losses):
         num_tasks, dtype = checks.losses(losses)
@@ -174,6 +172,11 @@ def loss_transformation(
         return balanced.astype(loss_dtype), jax.tree.map(like, new_state, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def shapes_of(init: Callable[[int, Any], PyTree]) -> Callable[[int, Any], PyTree]:
+    """Returns ``(num_tasks, dtype) -> `` the shapes of what ``init`` returns, evaluated once."""
+    return functools.cache(lambda num_tasks, dtype: jax.eval_shape(lambda: init(num_tasks, dtype)))
 
 
 def name_of(function: Callable) -> str:

@@ -17,7 +17,7 @@ from contract import numbers
 from jax.sharding import AxisType, Mesh
 
 TESTS = pathlib.Path(__file__).parent
-WALL_LIMIT = 420  # seconds, for all processes of a run together; on a quiet machine they need 40
+WALL_LIMIT = 300  # seconds, for the processes of a run together; a quiet machine needs some 30
 SETTING = ["--method", "marigold", "--steps", "12", "--every", "5"]
 
 #: Trains, and stores what this process holds of the final state. With a step to die at, it waits
@@ -70,7 +70,7 @@ def run(folder, processes, dies_at=0):
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
     }
-    arguments = [*SETTING, "--output", str(folder / "checkpoints"), "--timeout", "15"]
+    arguments = [*SETTING, "--output", str(folder / "checkpoints"), "--timeout", "30"]
     arguments += ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(processes)]
     started = []
     try:

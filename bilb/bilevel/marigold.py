@@ -148,6 +148,8 @@ def marigold(
             opt_state=optimizer.init(point),
         )
 
+    shapes = base.shapes_of(init)
+
     def feasible(point, present):
         """λ of the present tasks, scaled to them; 0 for the others."""
         if scheme != "projection":
@@ -185,9 +187,7 @@ def marigold(
         point = move(state, lam, updates, present)
         new = state._replace(point=point, opt_state=opt_state, memory=memory)
         taught = present & jnp.isfinite(gradient).all()
-        return base.learn_where(
-            taught, new, state, lambda k: jax.eval_shape(lambda: init(k, point.dtype))
-        )
+        return base.learn_where(taught, new, state, lambda k: shapes(k, point.dtype))
 
     def update(losses, state, *, mask, slopes=None, taught=None, slope_fn=None, **_):
         present = base.present(losses, mask)

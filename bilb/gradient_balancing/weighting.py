@@ -91,6 +91,9 @@ def gram_weighting(
             mean=MeanGramState(zeros(), zeros()) if averages else None,
         )
 
+    shapes = base.shapes_of(init)
+    weigh = jax.jit(weigh)  # so that calls outside jit compile the loops once
+
     def learn(state, gram, present):
         mean = state.mean
         if averages:
@@ -110,8 +113,7 @@ def gram_weighting(
             present = base.present(losses, mask) & arguments.finite_rows(gram, 2)
             gram = jnp.where(present[:, None] & present, gram, 0.0)
             new = learn(state, gram, present)
-            shapes = lambda k: jax.eval_shape(lambda: init(k, losses.dtype))
-            return base.keep_absent(present, new, state, shapes)
+            return base.keep_absent(present, new, state, lambda k: shapes(k, losses.dtype))
 
         new = jax.lax.cond(state.step % every == 0, renew, lambda: state)
         return new.weights * losses, new._replace(step=optax.safe_increment(state.step))

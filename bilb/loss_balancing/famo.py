@@ -109,6 +109,8 @@ def famo(
             opt_state=optimizer.init(logits),
         )
 
+    shapes = base.shapes_of(init)
+
     def above_bound(losses):
         bounds = checks.per_task("min_losses", min_losses, losses.shape[0])
         return base.at_least(losses - bounds, 0.0) + _EPSILON
@@ -120,9 +122,7 @@ def famo(
         gradient = jnp.where(taught, z * (change - z @ change), 0.0)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.logits)
         new = state._replace(logits=state.logits + updates, opt_state=opt_state)
-        return base.learn_where(
-            taught, new, state, lambda k: jax.eval_shape(lambda: init(k, z.dtype))
-        )
+        return base.learn_where(taught, new, state, lambda k: shapes(k, z.dtype))
 
     def update(losses, state, *, mask, losses_after, taught, **_):
         present = base.present(losses, mask)
