@@ -2,7 +2,11 @@
 
 import dataclasses
 import functools
+import importlib.util
+import json
+import pathlib
 import shutil
+import subprocess
 import sys
 
 import chex
@@ -201,6 +205,33 @@ def test_gram_matrices_at_a_representation_move_what_depends_on_the_tasks_alone(
         )
         assert times <= plain_times + K + 1
         assert size <= plain_size + 4 * K * (K + 1)
+
+
+BENCHMARK = pathlib.Path(pod.__file__).parents[1] / "benchmarks" / "pod_compile.py"
+
+
+@SLOW
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize("shards", [1, 16])
+def test_programs_for_256_chips_move_and_hold_what_they_should(tmp_path, shards):
+    methods = ["ls", "bilb4mtl", "marigold", "mgda", "mgda-sketch"]
+    command = [sys.executable, BENCHMARK, "--topology", "v5e:16x16", "--method", *methods]
+    command += ["--shards", str(shards), "--output", tmp_path]
+    subprocess.run(list(map(str, command)), check=True, timeout=900)
+    rows = {row["method"]: row for row in json.loads((tmp_path / "pod_compile.json").read_text())}
+    assert {row["chips"] for row in rows.values()} == {256}
+    peak = {name: row["peak_bytes"] / rows["ls"]["peak_bytes"] for name, row in rows.items()}
+    assert peak["bilb4mtl"] <= 1.01
+    assert peak["mgda"] <= 2.2
+    reductions = {
+        name: cost.moved([cost.Collective(*c) for c in row["collectives"]], "all-reduce")
+        for name, row in rows.items()
+    }
+    plain_times, plain_size = reductions["ls"]
+    for name, more in (("bilb4mtl", 1), ("marigold", 2), ("mgda-sketch", 2)):
+        times, size = reductions[name]
+        assert times <= plain_times + more
+        assert size <= plain_size + more * 4 * 40
 
 
 REPRESENTATIVES = [method for method in METHODS if method.kin is None]
