@@ -54,6 +54,14 @@ def test_an_entry_that_is_not_finite_is_an_absent_task(method, value):
     assert_close(actual, expected)
 
 
+def test_a_product_that_is_not_finite_leaves_both_tasks_out():
+    """The norms of both are finite; those of tasks that are out anyway do not count."""
+    gram = jnp.eye(4).at[0, 2].set(jnp.nan).at[2, 0].set(jnp.nan)
+    np.testing.assert_array_equal(arguments.finite_rows(gram, 2), [False, True, False, True])
+    gram = jnp.eye(4).at[1].set(jnp.inf).at[:, 1].set(jnp.inf)
+    np.testing.assert_array_equal(arguments.finite_rows(gram, 2), [True, False, True, True])
+
+
 @every_array
 def test_one_huge_entry_does_not_end_the_learning(method):
     _, update = compiled(method, K)
