@@ -465,19 +465,19 @@ METHODS = [
     Method(
         "gradnorm",
         bilb.gradnorm,
-        {"alpha": 1.5, "base_steps": 1},
+        {"alpha": 1.5, "base_steps": 1, "decay": 0.3},
         extra=norms,
         phi=weighted_sum,
-        learns=("weights", "scales", "initial_losses", "count", "opt_state"),
+        learns=("weights", "scales", "initial_losses", "count", "opt_state", "mean"),
     ),
     Method(
         "gradnorm-sum",
         bilb.gradnorm,
-        {"alpha": 1.5, "base_steps": 1},
+        {"alpha": 1.5, "base_steps": 1, "decay": 0.3},
         {"scheme": "sum"},
         extra=norms,
         phi=weighted_sum,
-        learns=("weights", "scales", "initial_losses", "count", "opt_state"),
+        learns=("weights", "scales", "initial_losses", "count", "opt_state", "mean"),
         kin="gradnorm",
     ),
     Method(

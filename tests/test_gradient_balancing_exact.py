@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from contract import jit
 
 import bilb
 from bilb import metrics
+from bilb.gradient_balancing import solvers as qp
 
 FILES = oracle_names("f4_agg_K*")
 # The targets are 1e-6; what is seen in float64 is below 1e-11.
@@ -214,3 +216,19 @@ def test_min_norm_point_agrees_with_the_metric():
         longest = np.linalg.norm(jacobian, axis=1).max()
         shown = metrics.pareto_stationarity(jacobian @ jacobian.T)
         assert abs(float(shown) - norm) <= 3e-8 * longest
+
+
+@pytest.mark.slow
+@pytest.mark.x64
+@pytest.mark.parametrize("rank", [40, 400])
+def test_more_tasks_than_are_solved_row_by_row_have_the_same_solutions(rank):
+    num_tasks = 128
+    rng = np.random.default_rng(rank)
+    rows = rng.normal(size=(num_tasks, rank)) * 10 ** rng.uniform(-1, 1, size=(num_tasks, 1))
+    hessian = jnp.array(rows @ rows.T) / np.square(rows).sum() + 1e-4 * jnp.eye(num_tasks)
+    where = jnp.arange(num_tasks) != 5
+    lower = jnp.diag(where / num_tasks)
+    together = qp.lift_all(hessian, lower, where)
+    alone = jax.vmap(lambda row: qp.lift(hessian, row, where))(lower)
+    distance = np.linalg.norm((together - alone) @ rows, axis=1)
+    assert (distance < 1e-9 * np.linalg.norm(alone @ rows)).all()

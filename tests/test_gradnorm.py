@@ -61,6 +61,21 @@ def test_equalises_the_norms_of_weighted_gradients(scheme):
     assert_close(weights.sum(1), 3.0)
 
 
+def test_decay_is_a_running_mean_of_the_squared_norms():
+    """Each task's own mean, over the steps at which it was present."""
+    rng = np.random.default_rng(9)
+    rows, norms = rng.uniform(0.5, 2.0, (8, 3)), rng.uniform(0.0, 2.0, (8, 3))
+    masks = rng.uniform(size=(8, 3)) < 0.8
+    means = np.zeros_like(norms)
+    for step, task in np.ndindex(*norms.shape):
+        squares = norms[: step + 1, task][masks[: step + 1, task]] ** 2
+        weights = 0.7 ** np.arange(len(squares))[::-1]
+        means[step, task] = np.sqrt(squares @ weights / weights.sum()) if len(squares) else 0.0
+    actual, _ = run(bilb.gradnorm(0.8, decay=0.7), rows, masks, norms)
+    expected, _ = run(bilb.gradnorm(0.8), rows, masks, means)
+    assert_close(actual, expected, rtol=1e-4)
+
+
 def test_waits_for_its_initial_losses():
     rows = np.random.default_rng(8).uniform(0.5, 2.0, (6, 2))
     masks = np.ones((6, 2), bool)

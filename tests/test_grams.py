@@ -245,9 +245,9 @@ def test_the_running_mean_is_corrected_for_its_start_and_by_pair():
         for j in range(K):
             seen = [g[i, j] for g, m in zip(grams, masks) if m[i] and m[j]]
             weights = decay ** np.arange(len(seen))[::-1]
-            mean = state.mean.gram[i, j] / state.mean.total[i, j]
+            mean = state.mean.sum[i, j] / state.mean.total[i, j]
             np.testing.assert_allclose(mean, np.average(seen, weights=weights), rtol=1e-12)
-    exact = jnp.asarray(state.mean.gram / state.mean.total)
+    exact = jnp.asarray(state.mean.sum / state.mean.total)
     plain, _ = bilb.mgda().update(jnp.ones(K), bilb.mgda().init(jnp.ones(K)), gram=exact)
     np.testing.assert_allclose(state.weights, plain, rtol=1e-9)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from bilb import base, checks
-from bilb.gradient_balancing.weighting import check_decay
+from bilb.gradient_balancing import running_mean
 
 
 class InverseWeightsState(NamedTuple):
@@ -18,8 +18,7 @@ class InverseWeightsState(NamedTuple):
 
     step: jax.Array  # () int32
     weights: jax.Array  # (K,) the weights just used, a running mean; 1 at first
-    mean: jax.Array  # (K,) running mean of what is measured, not yet corrected for its start at 0
-    total: jax.Array  # (K,) the sum of the weights of what is in that mean, 1 in the end
+    mean: running_mean.RunningMean  # (K,) of what is measured
 
 
 def inverse_weighting(
@@ -54,21 +53,19 @@ def inverse_weighting(
     checks.number("momentum", momentum, minimum=0, maximum=1, schedule=True)
     checks.number("every", every, minimum=1)
     checks.number("eps", eps, minimum=0, exclusive=True)
-    check_decay(decay)
+    running_mean.averages(decay)
 
     def init(num_tasks, dtype):
         if reference is not None and not 0 <= reference < num_tasks:
             raise ValueError(f"reference must be a task, 0 to {num_tasks - 1}; got {reference}.")
-        zeros = lambda: jnp.zeros(num_tasks, dtype)
-        return InverseWeightsState(base.new_step(), jnp.ones(num_tasks, dtype), zeros(), zeros())
+        mean = running_mean.start((num_tasks,), dtype)
+        return InverseWeightsState(base.new_step(), jnp.ones(num_tasks, dtype), mean)
+
+    shapes = base.shapes_of(init)
 
     def learn(state, measured, present):
-        forget = lambda new, old, rate: rate * old + (1 - rate) * new
-        keep = lambda new, old: jnp.where(present, new, old)
-        rate = base.at_step(decay, state.step)
-        mean = keep(forget(measured, state.mean, rate), state.mean)
-        total = keep(forget(1.0, state.total, rate), state.total)
-        sizes = size(mean / jnp.where(total > 0, total, 1.0))
+        mean = running_mean.move(state.mean, measured, base.at_step(decay, state.step))
+        sizes = size(running_mean.value(mean))
         if reference is None:
             number = jnp.maximum(jnp.sum(present), 1)
             level = jnp.sum(jnp.where(present, sizes / number, 0.0))
@@ -80,8 +77,8 @@ def inverse_weighting(
         weights = jnp.where(known, level / jnp.where(known, divisor, 1.0), state.weights)
         if reference is not None:
             weights = weights.at[reference].set(1.0)
-        weights = forget(weights, state.weights, base.at_step(momentum, state.step))
-        return state._replace(weights=keep(weights, state.weights), mean=mean, total=total)
+        old = base.at_step(momentum, state.step)
+        return state._replace(weights=old * state.weights + (1 - old) * weights, mean=mean)
 
     def balance(losses, state):
         return state.weights * losses, state._replace(step=optax.safe_increment(state.step))
@@ -99,7 +96,8 @@ def inverse_weighting(
             checks.shape(measured, losses.shape, f"{argument} must return an entry per task.")
             present = base.usable(measured, mask)
             measured = jnp.where(present, jax.lax.stop_gradient(measured), 0.0)
-            return learn(state, measured, present)
+            new = learn(state, measured, present)
+            return base.keep_absent(present, new, state, lambda k: shapes(k, losses.dtype))
 
         return balance(losses, jax.lax.cond(state.step % every == 0, renew, lambda: state))
 

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import arguments, base, checks
+from bilb import arguments, base
+from bilb.gradient_balancing import running_mean
 
 
 class Gram(NamedTuple):
@@ -31,14 +32,7 @@ class GramState(NamedTuple):
     step: jax.Array  # () int32
     weights: jax.Array  # (K,) the weights just used; 1 / K at first
     memory: base.PyTree  # what the method remembers, () if nothing
-    mean: MeanGramState | None  # of `decay`, None without
-
-
-class MeanGramState(NamedTuple):
-    """The running mean of the Gram matrix."""
-
-    gram: jax.Array  # (K, K), not yet corrected for its start at zero
-    total: jax.Array  # (K, K) the sum of the weights of what is in it, 1 in the end
+    mean: running_mean.RunningMean | None  # (K, K), of `decay`; None without
 
 
 def prepare(gram: jax.Array, present: jax.Array) -> Gram:
@@ -79,16 +73,14 @@ def gram_weighting(
     Returns:
         A loss transformation whose state is a :class:`GramState`.
     """
-    check_decay(decay)
-    averages = not (isinstance(decay, int | float) and decay == 0)
+    averages = running_mean.averages(decay)
 
     def init(num_tasks, dtype):
-        zeros = lambda: jnp.zeros((num_tasks, num_tasks), dtype)
         return GramState(
             step=base.new_step(),
             weights=jnp.full(num_tasks, 1 / num_tasks, dtype),
             memory=memory(num_tasks, dtype),
-            mean=MeanGramState(zeros(), zeros()) if averages else None,
+            mean=running_mean.start((num_tasks, num_tasks), dtype) if averages else None,
         )
 
     shapes = base.shapes_of(init)
@@ -97,8 +89,8 @@ def gram_weighting(
     def learn(state, gram, present):
         mean = state.mean
         if averages:
-            mean = running_mean(mean, gram, present, base.at_step(decay, state.step))
-            gram = mean.gram / jnp.where(mean.total > 0, mean.total, 1.0)
+            mean = running_mean.move(mean, gram, base.at_step(decay, state.step))
+            gram = running_mean.value(mean)
         weights, remembered = weigh(prepare(gram, present), state.memory, state.step)
         weights = jnp.where(present, jax.lax.stop_gradient(weights), 0.0)
         return state._replace(weights=weights, memory=remembered, mean=mean)
@@ -121,24 +113,3 @@ def gram_weighting(
     if every == 1:
         return base.loss_transformation(init, update, reads=("gram",), name=name)
     return base.loss_transformation(init, update_at_times, reads=("gram_fn",), name=name)
-
-
-def check_decay(decay: base.Scalar) -> None:
-    """Raises ValueError for a decay outside [0, 1)."""
-    checks.number("decay", decay, minimum=0, maximum=1, schedule=True)
-    if isinstance(decay, int | float) and decay == 1:
-        raise ValueError("decay must be < 1, or nothing is ever learnt; got 1.")
-
-
-def running_mean(
-    mean: MeanGramState, gram: jax.Array, present: jax.Array, decay: jax.Array
-) -> MeanGramState:
-    """Returns the running mean after one more Gram matrix.
-
-    Entry (i, j) moves only when both tasks are present.
-    """
-    keep = lambda new, old: jnp.where(present[:, None] & present, new, old)
-    return MeanGramState(
-        keep(decay * mean.gram + (1 - decay) * gram, mean.gram),
-        keep(decay * mean.total + (1 - decay), mean.total),
-    )
