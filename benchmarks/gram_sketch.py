@@ -15,11 +15,11 @@ columns give the scale: how far the exact weights are from those of the batch's 
 (mini-batch noise), and from equal weights. GradNorm reads norms and has no decay of its own: the
 row "none" gives it each step's norms, as the library does, the other rows those of running means.
 
-What was seen, in one run each (results/gram_sketch.md): call a sketch good enough where the distance
-is at most 0.1. With one probe and decay .99 that holds for MGDA and Nash-MTL at K = 3 and 11 and for
-Nash-MTL at K = 40; MGDA needs four probes or decay .999 there. IMTL-G, which solves a linear system,
-has .05, .15 and .47, and with .999 .03, .06 and .17: with many tasks it wants more probes. GradNorm
-averages by itself, yet needs a decay at K = 11: .24 without, .05 with .9.
+What was seen, in one run each (results/gram_sketch.md): call a sketch good enough where the
+distance is at most 0.1. With one probe and decay .99 that holds for MGDA and Nash-MTL at K = 3 and
+11, and for Nash-MTL at K = 40; MGDA needs four probes or decay .999 there. IMTL-G, which solves a
+linear system, has .05, .15 and .47, and with .999 .03, .06 and .17: with many tasks it wants more
+probes. GradNorm averages by itself, yet needs a decay at K = 11: .24 without, .05 with .9.
 
     pip install 'bilb[bench]'
     python benchmarks/gram_sketch.py
