@@ -95,11 +95,11 @@ from bilb.loss_balancing.uncertainty_weighting import (
 )
 from bilb.normalize import InitialLossState as InitialLossState
 from bilb.normalize import LogScaleByInitialLossState as LogScaleByInitialLossState
+from bilb.normalize import divide_by as divide_by
 from bilb.normalize import log_losses as log_losses
 from bilb.normalize import log_scale_by_initial_loss as log_scale_by_initial_loss
 from bilb.normalize import pmean_losses as pmean_losses
 from bilb.normalize import power_losses as power_losses
-from bilb.normalize import scale_by as scale_by
 from bilb.normalize import scale_by_initial_loss as scale_by_initial_loss
 from bilb.normalize import scale_by_initial_ratio as scale_by_initial_ratio
 from bilb.normalize import skip_nonfinite as skip_nonfinite

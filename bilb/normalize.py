@@ -33,7 +33,7 @@ class LogScaleByInitialLossState(NamedTuple):
     initial_losses: jax.Array  # (K,), 1 where none was taken yet
 
 
-def scale_by(scales: jax.Array | float) -> optax.GradientTransformationExtraArgs:
+def divide_by(scales: jax.Array | float) -> optax.GradientTransformationExtraArgs:
     """Divides the losses by known scales: ``l / scales``.
 
     Args:
@@ -47,7 +47,7 @@ def scale_by(scales: jax.Array | float) -> optax.GradientTransformationExtraArgs
 
     Example:
         >>> import jax.numpy as jnp, bilb
-        >>> link = bilb.scale_by(jnp.array([10.0, 0.5]))
+        >>> link = bilb.divide_by(jnp.array([10.0, 0.5]))
         >>> losses = jnp.array([5.0, 1.0])
         >>> balanced, _ = link.update(losses, link.init(losses))
         >>> print(balanced)

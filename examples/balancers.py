@@ -77,11 +77,11 @@ METHODS: dict[str, Factory] = {
     "imtl_l": lambda s: bilb.imtl_l(),
     "stch": lambda s: bilb.stch(),
     "stch_nadir": lambda s: bilb.stch_nadir(
-        warmup_steps=4 * s.steps_per_epoch, nadir_steps=s.steps_per_epoch
+        nadir_start=4 * s.steps_per_epoch, nadir_steps=s.steps_per_epoch
     ),
     "pbi": lambda s: bilb.pbi(),
     "cosmos": lambda s: bilb.cosmos(penalty=1.0),
-    "gradnorm": lambda s: bilb.gradnorm(base_steps=s.steps_per_epoch),
+    "gradnorm": lambda s: bilb.gradnorm(warmup_steps=s.steps_per_epoch),
     "mgda": lambda s: bilb.mgda(decay=s.decay),
     "upgrad": lambda s: bilb.upgrad(decay=s.decay),
     "dualproj": lambda s: bilb.dualproj(decay=s.decay),

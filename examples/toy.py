@@ -41,7 +41,7 @@ STARTS = ((-8.5, 7.5), (0.0, 0.0), (9.0, 9.0), (-7.5, -0.5), (9.0, -1.0))
 METHODS: dict[str, Callable[[Options], optax.GradientTransformation]] = {
     "ls": lambda o: bilb.linear_scalarization(),
     "bilb4mtl": lambda o: bilb.chain(
-        bilb.scale_by(jnp.array([SCALE, 1.0])),
+        bilb.divide_by(jnp.array([SCALE, 1.0])),
         bilb.bilb4mtl(
             o.penalty,
             weighted=False,

@@ -204,7 +204,7 @@ igb_v1_mgda = lambda: bilb.chain(bilb.igb_v1(0, 1), bilb.mgda())
 
 METHODS = [
     Method("linear_scalarization", bilb.linear_scalarization, {"weights": 0.5}, phi=weighted_sum),
-    Method("scale_by", bilb.scale_by, {"scales": 2.5}, values=lambda losses, _: losses / 2.5),
+    Method("divide_by", bilb.divide_by, {"scales": 2.5}, values=lambda losses, _: losses / 2.5),
     Method(
         "scale_by_initial_loss",
         bilb.scale_by_initial_loss,
@@ -366,7 +366,7 @@ METHODS = [
         "dwa-sliding",
         bilb.dwa,
         {"temperature": 2.0},
-        {"window": 2, "sliding": True, "reduction": "mean"},
+        {"window": 2, "sliding": True, "sum_to": "one"},
         static_args=("window", "sliding"),
         phi=weighted_sum,
         learns=("weights", "recent_losses"),
@@ -436,7 +436,7 @@ METHODS = [
     Method(
         "stch_nadir",
         bilb.stch_nadir,
-        {"mu": 0.5, "warmup_steps": 0, "nadir_steps": 1},
+        {"mu": 0.5, "nadir_start": 0, "nadir_steps": 1},
         warmup=1,
         values=lambda losses, state: jnp.log(losses / state.nadir),
         phi=lambda values, _: 0.5 * values.size * jax.nn.logsumexp(values / 0.5),
@@ -465,7 +465,7 @@ METHODS = [
     Method(
         "gradnorm",
         bilb.gradnorm,
-        {"alpha": 1.5, "base_steps": 1, "decay": 0.3},
+        {"alpha": 1.5, "warmup_steps": 1, "decay": 0.3},
         extra=norms,
         phi=weighted_sum,
         learns=("weights", "scales", "initial_losses", "count", "opt_state", "mean"),
@@ -473,7 +473,7 @@ METHODS = [
     Method(
         "gradnorm-sum",
         bilb.gradnorm,
-        {"alpha": 1.5, "base_steps": 1, "decay": 0.3},
+        {"alpha": 1.5, "warmup_steps": 1, "decay": 0.3},
         {"scheme": "sum"},
         extra=norms,
         phi=weighted_sum,

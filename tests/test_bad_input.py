@@ -130,9 +130,9 @@ CASES = {
         r"shape \(2,\).*expected \(3\).*weights",
     ),
     "weights text": (lambda: bilb.linear_scalarization("equal"), TypeError, "weights.*equal"),
-    "scales 0": (lambda: bilb.scale_by(0.0), ValueError, r"scales.*> 0.*0\.0"),
-    "scales -3": (lambda: bilb.scale_by(jnp.array([1.0, -3.0])), ValueError, r"scales.*-3"),
-    "scales (2,)": (lambda: init_of(bilb.scale_by(jnp.ones(2))), ValueError, r"\(2,\)"),
+    "scales 0": (lambda: bilb.divide_by(0.0), ValueError, r"scales.*> 0.*0\.0"),
+    "scales -3": (lambda: bilb.divide_by(jnp.array([1.0, -3.0])), ValueError, r"scales.*-3"),
+    "scales (2,)": (lambda: init_of(bilb.divide_by(jnp.ones(2))), ValueError, r"\(2,\)"),
     "floor 0": (lambda: bilb.log_losses(0.0), ValueError, r"floor.*0\.0"),
     "floor -1": (lambda: bilb.log_scale_by_initial_loss(None, -1.0), ValueError, r"floor.*-1"),
     "every 0": (lambda: bilb.log_scale_by_initial_loss(0), ValueError, r"every.*got 0"),
@@ -261,7 +261,7 @@ ROUTER = lambda make: lambda **keywords: bilb.bilb4mtl(router=make(**keywords))
 # Factories, and every numeric argument with a value for it.
 NUMBERS = {
     "linear_scalarization": (bilb.linear_scalarization, {"weights": 0.5}),
-    "scale_by": (bilb.scale_by, {"scales": 2.0}),
+    "divide_by": (bilb.divide_by, {"scales": 2.0}),
     "log_losses": (bilb.log_losses, {"floor": 0.1}),
     "power_losses": (bilb.power_losses, {"exponent": 0.5, "floor": 0.1}),
     "log_scale_by_initial_loss": (bilb.log_scale_by_initial_loss, {"every": 2, "floor": 0.1}),
@@ -274,8 +274,8 @@ NUMBERS = {
     "imtl_l": (bilb.imtl_l, {"initial": 0.5}),
     "stch": (bilb.stch, {"mu": 0.5, "preference": 0.5, "reference": 0.5}),
     "stch_nadir": (
-        functools.partial(bilb.stch_nadir, warmup_steps=1, nadir_steps=1),
-        {"mu": 0.5, "warmup_steps": 1, "nadir_steps": 1, "floor": 0.1},
+        functools.partial(bilb.stch_nadir, nadir_start=1, nadir_steps=1),
+        {"mu": 0.5, "nadir_start": 1, "nadir_steps": 1, "floor": 0.1},
     ),
     "pbi": (bilb.pbi, {"penalty": 0.5, "preference": 0.5, "reference": 0.5}),
     "cosmos": (functools.partial(bilb.cosmos, penalty=1.0), {"penalty": 0.5, "preference": 0.5}),
@@ -371,7 +371,7 @@ def test_what_a_link_does_not_read_is_refused_not_passed_by(method, argument):
         jax.eval_shape(update)
 
 
-@pytest.mark.parametrize("link", [bilb.log_losses(), bilb.igb_v1(0, 1), bilb.scale_by(2.0)])
+@pytest.mark.parametrize("link", [bilb.log_losses(), bilb.igb_v1(0, 1), bilb.divide_by(2.0)])
 def test_a_reader_behind_a_link_of_an_optax_chain_is_refused(link):
     with pytest.raises(TypeError, match=r"`gram`.*bilb\.chain"):
         update_of(optax.chain(link, bilb.mgda()), gram=jnp.eye(3))
@@ -381,7 +381,7 @@ def test_a_reader_behind_a_link_of_an_optax_chain_is_refused(link):
     "build",
     [
         bilb.linear_scalarization,
-        bilb.scale_by,
+        bilb.divide_by,
         bilb.log_losses,
         lambda floor: bilb.log_scale_by_initial_loss(None, floor),
         lambda every: bilb.log_scale_by_initial_loss(every.astype(jnp.int32)),

@@ -152,7 +152,7 @@ def test_a_chain_of_three_links_is_the_same_written_by_hand():
 def test_half_precision_is_rounded_once():
     """What bfloat16 does not hold survives from link to link."""
     losses = jnp.linspace(1.0, 4.0, 50, dtype=jnp.bfloat16)
-    links = bilb.scale_by(3.0), bilb.scale_by(0.7)
+    links = bilb.divide_by(3.0), bilb.divide_by(0.7)
     run = lambda chain: chain.update(losses, chain.init(losses))[0]
     balanced, rounded_twice = run(bilb.chain(*links)), run(optax.chain(*links))
     assert balanced.dtype == jnp.bfloat16
@@ -205,7 +205,7 @@ def test_losses_after_are_seen_through_the_state_that_the_link_had():
     _, state = balancer.update(jnp.ones(2) * 9, state, losses_after=after)
     # Behind the link the losses were log(2/2) and log(4/4): both at FAMO's bound of 0.
     np.testing.assert_allclose(state.links[1].logits, jnp.zeros(2), atol=1e-6)
-    by_scale = bilb.chain(bilb.scale_by(jnp.array([2.0, 4.0])), bilb.famo())
+    by_scale = bilb.chain(bilb.divide_by(jnp.array([2.0, 4.0])), bilb.famo())
     state = by_scale.init(before)
     _, state = by_scale.update(before, state, losses_after=jnp.zeros(2))
     _, state = by_scale.update(jnp.ones(2) * 9, state, losses_after=after)

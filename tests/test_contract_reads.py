@@ -202,7 +202,7 @@ def test_effective_weights_are_the_derivative_of_the_objective():
     """Whatever the chain holds, and by both drivers."""
     task_losses = TestOwnMethods.task_losses
     x = jnp.array([2.0, 3.0])
-    balancer = bilb.chain(bilb.log_losses(), bilb.scale_by(2.0), bilb.linear_scalarization(3.0))
+    balancer = bilb.chain(bilb.log_losses(), bilb.divide_by(2.0), bilb.linear_scalarization(3.0))
     value_and_grad = bilb.value_and_grad(task_losses, balancer)
     losses, _, state = value_and_grad(x, value_and_grad.init(x))
     np.testing.assert_allclose(state.effective_weights, 1.5 / losses, rtol=1e-6)

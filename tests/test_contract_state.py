@@ -117,7 +117,7 @@ def router_of(make):
     ("make", "users"),
     [
         (bilb.linear_scalarization, jnp.full(K, 0.5, jnp.float32)),
-        (lambda scales: bilb.skip_nonfinite(bilb.scale_by(scales)), jnp.full(K, 0.5, jnp.float32)),
+        (lambda scales: bilb.skip_nonfinite(bilb.divide_by(scales)), jnp.full(K, 0.5, jnp.float32)),
         (router_of(bilb.routers.sigmoid), jnp.full(K, 0.5, jnp.float32)),
         (router_of(bilb.routers.softmax), jnp.full(K, 0.5, jnp.float32)),
         (router_of(lambda key: bilb.routers.relu_sigmoid(key=key)), jax.random.key(3)),
@@ -132,7 +132,7 @@ def router_of(make):
             jax.random.PRNGKey(3),
         ),
     ],
-    ids=["linear", "scale_by", "sigmoid", "softmax", "relu_sigmoid", "linear_softmax", "module"],
+    ids=["linear", "divide_by", "sigmoid", "softmax", "relu_sigmoid", "linear_softmax", "module"],
 )
 def test_states_can_be_donated_and_the_users_arrays_survive(make, users):
     balancer = make(users)

@@ -84,7 +84,7 @@ def vaccine():
 
 
 def gradnorm():
-    return bilb.gradnorm(base_steps=5, optimizer=optax.adam(MODEL_RATE))
+    return bilb.gradnorm(warmup_steps=5, optimizer=optax.adam(MODEL_RATE))
 
 
 def sdmgrad():

@@ -81,7 +81,7 @@ def test_waits_for_its_initial_losses():
     masks = np.ones((6, 2), bool)
     masks[:4, 1] = False
     norms = jnp.array([1.0, jnp.nan])
-    balancer = bilb.gradnorm(base_steps=3)
+    balancer = bilb.gradnorm(warmup_steps=3)
     weights, state = run(balancer, rows[:4], masks[:4], norms)
     assert_close(state.initial_losses, [rows[:3, 0].mean(), 0.0])
     np.testing.assert_array_equal(state.count, [3, 0])
@@ -143,7 +143,7 @@ def test_one_enormous_norm_does_not_freeze_the_weights(scheme, size):
     ("make", "message"),
     [
         (lambda: bilb.gradnorm(-1.0), "alpha must be >= 0; got -1"),
-        (lambda: bilb.gradnorm(base_steps=0), "base_steps"),
+        (lambda: bilb.gradnorm(warmup_steps=0), "warmup_steps"),
         (lambda: bilb.gradnorm(scheme="max"), "scheme"),
     ],
 )

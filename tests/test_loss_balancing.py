@@ -138,9 +138,9 @@ def test_dwa_survives_losses_that_are_zero_or_far_apart():
     assert_close(weights.sum(1), 2.0)
 
 
-def test_dwa_temperature_may_be_a_schedule_and_reduction_the_mean():
+def test_dwa_temperature_may_be_a_schedule_and_the_weights_may_sum_to_one():
     rows = np.random.default_rng(3).uniform(0.5, 2.0, (6, 3))
-    warm = bilb.dwa(lambda step: 1.0 + step, window=1, reduction="mean")
+    warm = bilb.dwa(lambda step: 1.0 + step, window=1, sum_to="one")
     balanced, weights, _ = run(warm, rows)
     expected = softmax(rows[4] / rows[3] / 6.0)
     assert_close(weights[5], expected)
@@ -239,7 +239,7 @@ def test_stch_equalises_the_weighted_losses():
 
 def test_stch_nadir_changes_from_logarithms_to_their_smooth_maximum():
     rows = np.random.default_rng(5).uniform(0.5, 2.0, (8, 3))
-    balanced, weights, state = run(bilb.stch_nadir(0.2, warmup_steps=2, nadir_steps=3), rows)
+    balanced, weights, state = run(bilb.stch_nadir(0.2, nadir_start=2, nadir_steps=3), rows)
     nadir = rows[2:5].mean(0)
     assert_close(state.nadir, nadir)
     assert_close(balanced[:5].sum(1), np.log(rows[:5]).sum(1))
@@ -253,7 +253,7 @@ def test_stch_nadir_of_a_task_that_comes_late():
     masks = np.ones((7, 3), bool)
     masks[:4, 2] = False
     rows[1, 1] = np.nan
-    balanced, _, state = run(bilb.stch_nadir(0.2, warmup_steps=0, nadir_steps=2), rows, masks)
+    balanced, _, state = run(bilb.stch_nadir(0.2, nadir_start=0, nadir_steps=2), rows, masks)
     nadir = [rows[:2, 0].mean(), rows[[0, 2], 1].mean(), rows[4:6, 2].mean()]
     assert_close(state.nadir, nadir)
     np.testing.assert_array_equal(state.count, 2)
@@ -308,7 +308,7 @@ def test_cosmos_of_zero_losses_is_finite():
         (lambda: bilb.rlw(sum_to="K"), "sum_to"),
         (lambda: bilb.dwa(0.0, window=3), "temperature must be > 0; got 0.0"),
         (lambda: bilb.dwa(window=0), "window must be >= 1; got 0"),
-        (lambda: bilb.dwa(window=2, reduction="max"), "reduction"),
+        (lambda: bilb.dwa(window=2, sum_to="K"), "sum_to"),
         (lambda: bilb.uncertainty_weighting(jnp.ones(2)).init(jnp.ones(3)), "initial"),
         (lambda: bilb.imtl_l(jnp.ones(2)).init(jnp.ones(3)), "initial"),
         (lambda: bilb.imtl_l(jnp.nan), "initial"),
@@ -316,8 +316,8 @@ def test_cosmos_of_zero_losses_is_finite():
         (lambda: bilb.stch(-1.0), "mu must be > 0; got -1.0"),
         (lambda: bilb.stch(preference=[0.5, -0.5]), "preference must be >= 0"),
         (lambda: bilb.stch(reference=jnp.ones(2)).init(jnp.ones(3)), "reference"),
-        (lambda: bilb.stch_nadir(warmup_steps=-1, nadir_steps=1), "warmup_steps"),
-        (lambda: bilb.stch_nadir(warmup_steps=0, nadir_steps=0), "nadir_steps"),
+        (lambda: bilb.stch_nadir(nadir_start=-1, nadir_steps=1), "nadir_start"),
+        (lambda: bilb.stch_nadir(nadir_start=0, nadir_steps=0), "nadir_steps"),
         (lambda: bilb.pbi(-1.0), "penalty must be >= 0"),
         (lambda: bilb.pbi(preference=jnp.ones(2)).init(jnp.ones(3)), "preference"),
         (lambda: bilb.cosmos(-1.0), "penalty must be >= 0"),

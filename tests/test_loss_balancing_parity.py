@@ -65,7 +65,7 @@ def epochs(factory, **options):
 def nadir(mu):
     def make(recorded, rate):
         steps = int(recorded["J"])
-        return bilb.stch_nadir(mu, warmup_steps=steps, nadir_steps=steps)
+        return bilb.stch_nadir(mu, nadir_start=steps, nadir_steps=steps)
 
     return make
 
@@ -80,12 +80,12 @@ STATIC = {
     "torchjd.Random": (rlw("torchjd.Random"), 1e-9, None),
     # The Nash-MTL family keeps losses and weights of DWA in float32.
     "famo_repo.dwa_win25_mean": (
-        of(bilb.dwa, window=25, sliding=True, reduction="mean"),
+        of(bilb.dwa, window=25, sliding=True, sum_to="one"),
         1e-6,
         "num_tasks",
     ),
     "famo_repo.dwa_win5_T1": (
-        of(bilb.dwa, temperature=1.0, window=5, sliding=True, reduction="mean"),
+        of(bilb.dwa, temperature=1.0, window=5, sliding=True, sum_to="one"),
         1e-6,
         "num_tasks",
     ),
@@ -190,7 +190,7 @@ def test_gradnorm_replays_recorded_task_gradients(file):
     name = "libmtl.GradNorm_a1.5_adam0.025"
     jacobians = jnp.array(recorded["J"])
     losses = jnp.array(recorded["losses"])
-    balancer = bilb.gradnorm(alpha=1.5, base_steps=1)
+    balancer = bilb.gradnorm(alpha=1.5, warmup_steps=1)
 
     def step(state, inputs):
         losses, jacobian = inputs
@@ -217,7 +217,7 @@ TRAINED = {
     "igb_repo.rlw": (rlw("igb_repo.rlw", "tasks"), 1e-9),
     "igb_repo.rlwlog": (rlw("igb_repo.rlwlog", "tasks", log=True), 1e-9),
     "libmtl.RLW": (rlw("libmtl.RLW"), 1e-9),
-    "famo_repo.dwa_win5": (of(bilb.dwa, window=5, sliding=True, reduction="mean"), 1e-6),
+    "famo_repo.dwa_win5": (of(bilb.dwa, window=5, sliding=True, sum_to="one"), 1e-6),
     "igb_repo.dwa_win5": (of(bilb.dwa, window=5, sliding=True), 1e-6),
     "igb_repo.dwalog_win5": (of(bilb.dwa, window=5, sliding=True, transform=jnp.log), 1e-6),
     "libmtl.DWA_T2": (epochs(bilb.dwa), 1e-9),
@@ -226,7 +226,7 @@ TRAINED = {
     "libmtl.STCH_mu0.1_warm1": (nadir(0.1), 1e-9),
     "libmtl.GradNorm_a1.5": (
         lambda recorded, rate: bilb.gradnorm(
-            base_steps=int(recorded["J"]), optimizer=optax.adam(rate)
+            warmup_steps=int(recorded["J"]), optimizer=optax.adam(rate)
         ),
         1e-9,
     ),

@@ -281,7 +281,7 @@ def test_first_call_learns_nothing(scheme):
 
 
 @pytest.mark.parametrize(
-    "link", [bilb.log_losses(), bilb.scale_by(2.0), bilb.scale_by_initial_loss()]
+    "link", [bilb.log_losses(), bilb.divide_by(2.0), bilb.scale_by_initial_loss()]
 )
 def test_a_normalisation_given_slopes_is_an_error(link):
     task_losses, _, x = quadratics(0, 2, 2)

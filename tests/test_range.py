@@ -149,7 +149,7 @@ LEARNERS = {
     "imtl_l": bilb.imtl_l(),
     "dwa": bilb.dwa(window=2),
     "dwa-sliding": bilb.dwa(window=3, sliding=True),
-    "stch_nadir": bilb.stch_nadir(0.1, warmup_steps=0, nadir_steps=2),
+    "stch_nadir": bilb.stch_nadir(0.1, nadir_start=0, nadir_steps=2),
     "igb_v1": bilb.igb_v1(0, 2),
     "igb_v2": bilb.igb_v2(
         0, 1, warmup_steps=3, update_after=3, update_every=7, num_updates=2, buffer_size=8,

@@ -36,7 +36,7 @@ class GradNormState(NamedTuple):
 def gradnorm(
     alpha: base.Scalar = 1.5,
     *,
-    base_steps: int | jax.Array = 1,
+    warmup_steps: int | jax.Array = 1,
     scheme: Literal["softmax", "sum"] = "softmax",
     decay: base.Scalar = 0.0,
     optimizer: optax.GradientTransformation = optax.adam(0.025),
@@ -49,7 +49,7 @@ def gradnorm(
     choosing the parameters. They are the square roots of the Gram matrix's diagonal and cost
     K backward passes, over that layer alone if only its gradients are asked for.
 
-    During the first ``base_steps`` updates the weights are 1 and nothing is learnt; the initial
+    During the first ``warmup_steps`` updates the weights are 1 and nothing is learnt; the initial
     losses L are the mean over them. Every parameter of the model then sees the weighted sum of the
     losses. LibMTL gives heads the gradients of the unweighted losses instead: to do the same, scale
     the gradient of task k's head by ``1 / state.weights[k]``.
@@ -63,7 +63,7 @@ def gradnorm(
     Args:
         alpha: α >= 0, how strongly slow tasks are favoured; a number, a traced scalar or a schedule
             of the state's ``step``. Default 1.5, as in LibMTL.
-        base_steps: updates over which the initial losses are taken, at least 1. Default 1, the
+        warmup_steps: updates over which the initial losses are taken, at least 1. Default 1, the
             paper's first loss; LibMTL: the updates of one epoch.
         scheme: "softmax", ``w = K softmax(s)`` as in LibMTL, or "sum", the paper's weights that are
             learnt themselves and divided by their mean after each update (kept above 1e-6 before).
@@ -78,8 +78,8 @@ def gradnorm(
         static in ``optax.inject_hyperparams``.
 
     Raises:
-        ValueError: for a concrete ``alpha`` < 0, ``base_steps`` < 1 or ``decay`` outside [0, 1), an
-            unknown scheme, or norms that are not (K,).
+        ValueError: for a concrete ``alpha`` < 0, ``warmup_steps`` < 1 or ``decay`` outside [0, 1),
+            an unknown scheme, or norms that are not (K,).
         MissingArgument: if ``gradient_norms`` is missing.
 
     Example:
@@ -99,7 +99,7 @@ def gradnorm(
         Networks*, arXiv 1711.02257, Algorithm 1.
     """
     checks.number("alpha", alpha, minimum=0, schedule=True)
-    checks.number("base_steps", base_steps, minimum=1)
+    checks.number("warmup_steps", warmup_steps, minimum=1)
     averages = running_mean.averages(decay)
     if scheme not in ("softmax", "sum"):
         raise ValueError(f'scheme must be "softmax" or "sum"; got {scheme!r}.')
@@ -133,7 +133,7 @@ def gradnorm(
             mean_square = running_mean.move(mean_square, norms**2, rate)
             norms = jnp.sqrt(running_mean.value(mean_square))
 
-        take = base.usable(losses, mask) & (state.count < base_steps)
+        take = base.usable(losses, mask) & (state.count < warmup_steps)
         count = state.count + take
         change = jnp.where(take, (values - state.initial_losses) / jnp.maximum(count, 1), 0)
         initial = state.initial_losses + change
@@ -159,7 +159,7 @@ def gradnorm(
             total = jnp.sum(state.scales, where=mask)
             scales = scales * (total / jnp.sum(scales, where=mask))
 
-        learns = state.step >= base_steps
+        learns = state.step >= warmup_steps
         keep = lambda new, old: jnp.where(learns, new, old)
         weights = keep(weigh(state.scales, num_tasks, mask), jnp.ones_like(losses))
         return weights * losses, GradNormState(

@@ -42,7 +42,7 @@ def dwa(
     *,
     window: int | jax.Array,
     sliding: bool = False,
-    reduction: Literal["sum", "mean"] = "sum",
+    sum_to: Literal["tasks", "one"] = "tasks",
     transform: Callable[[jax.Array], jax.Array] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Weighs the losses by how slowly they fell from one window of updates to the next.
@@ -53,7 +53,7 @@ def dwa(
     code of Nash-MTL, FAMO and IGB with ``window=25``, which counts losses before the first as 1
     and starts to weigh after ``window + 1`` updates.
 
-    The weights are not negative. They sum to K, or to 1 with ``reduction="mean"`` (with a mask: to
+    The weights are not negative. They sum to K, or to 1 with ``sum_to="one"`` (with a mask: to
     the number of present tasks, or 1). A task's windows hold its losses at the updates where it
     was present and finite. The ratio of a task is 1 until it has two windows, and where the mean
     of the earlier one is zero. Losses must be positive for the ratio to measure progress. A
@@ -64,19 +64,19 @@ def dwa(
             of the state's ``step``. Default 2, as in all official code.
         window: number of updates in a window, at least 1; static if the windows slide.
         sliding: whether the windows slide; static.
-        reduction: "sum" (the paper) or "mean", the sum divided by K (Nash-MTL and FAMO code);
-            static.
+        sum_to: "tasks" for weights of sum K (the paper) or "one" for weights of sum 1 (Nash-MTL and
+            FAMO code); static.
         transform: elementwise function of the losses, which is weighed in their place while the
             ratios stay those of the losses; None leaves them. ``jnp.log`` is IGB's logarithmic DWA.
 
     Returns:
         A loss transformation whose state has the fields ``step``, ``weights`` (K,) and the means,
-        or the recent losses, of the windows. ``transform``, ``sliding`` and ``reduction`` are
+        or the recent losses, of the windows. ``transform``, ``sliding`` and ``sum_to`` are
         static in ``optax.inject_hyperparams``, and so is ``window`` if the windows slide.
 
     Raises:
         ValueError: for a concrete ``temperature`` <= 0 or ``window`` < 1, arrays in their place, an
-            unknown reduction, or a ``transform`` that does not return (K,).
+            unknown ``sum_to``, or a ``transform`` that does not return (K,).
 
     Example:
         >>> import jax.numpy as jnp, numpy as np, bilb
@@ -94,8 +94,8 @@ def dwa(
     """
     checks.number("temperature", temperature, minimum=0, exclusive=True, schedule=True)
     checks.number("window", window, minimum=1)
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f'reduction must be "sum" or "mean"; got {reduction!r}.')
+    if sum_to not in ("one", "tasks"):
+        raise ValueError(f'sum_to must be "one" or "tasks"; got {sum_to!r}.')
 
     def weighed(losses):
         if transform is None:
@@ -105,11 +105,11 @@ def dwa(
         return values
 
     def initial_weights(num_tasks, dtype):
-        return jnp.full(num_tasks, 1.0 if reduction == "sum" else 1.0 / num_tasks, dtype)
+        return jnp.full(num_tasks, 1.0 if sum_to == "tasks" else 1.0 / num_tasks, dtype)
 
     def weigh(later, earlier, known, step, losses, mask):
         ratio = jnp.where(known & (earlier != 0), later / jnp.where(earlier == 0, 1, earlier), 1.0)
-        total = base.num_present(losses, mask) if reduction == "sum" else 1
+        total = base.num_present(losses, mask) if sum_to == "tasks" else 1
         return total * joint.smooth_maximum(ratio, base.at_step(temperature, step), mask)[1]
 
     def init(num_tasks, dtype):

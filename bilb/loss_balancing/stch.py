@@ -91,17 +91,17 @@ def stch(
 def stch_nadir(
     mu: base.Scalar = 1.0,
     *,
-    warmup_steps: int | jax.Array,
+    nadir_start: int | jax.Array,
     nadir_steps: int | jax.Array,
     floor: float | jax.Array = 1e-8,
 ) -> optax.GradientTransformationExtraArgs:
     """Smooth Tchebycheff scalarisation of the log ratios of the losses to their nadir point.
 
-    The form of the official multi-task code and of LibMTL. During the first ``warmup_steps``
+    The form of the official multi-task code and of LibMTL. During the first ``nadir_start``
     updates the objective is the sum of the logarithms. During the next ``nadir_steps`` it still is,
     and the mean loss of each task is taken as its nadir ``n_k``. From then on it is
     ``K μ log Σ_k (l_k / n_k)^(1/μ)``. The official code, which counts epochs, is
-    ``warmup_steps=4 * steps_per_epoch, nadir_steps=steps_per_epoch``. It also leaves the largest
+    ``nadir_start=4 * steps_per_epoch, nadir_steps=steps_per_epoch``. It also leaves the largest
     log ratio, held constant, out of the value; ours is the value of the formula, and the gradient
     is the same.
 
@@ -114,7 +114,7 @@ def stch_nadir(
     Args:
         mu: smoothing μ > 0; a number, a traced scalar or a schedule of the state's ``step``.
             Default 1, as in LibMTL; there, all tasks get the weight ``K / Σ_j (l_j / n_j) / n_k``.
-        warmup_steps: updates before the nadir period, not negative.
+        nadir_start: updates before the nadir period, not negative.
         nadir_steps: updates of the nadir period, at least 1.
         floor: positive, in the units of the losses; default as in :func:`bilb.log_losses`.
 
@@ -123,12 +123,12 @@ def stch_nadir(
         and ``count`` (K,).
 
     Raises:
-        ValueError: for a concrete ``mu`` or ``floor`` <= 0, ``warmup_steps`` < 0 or ``nadir_steps``
+        ValueError: for a concrete ``mu`` or ``floor`` <= 0, ``nadir_start`` < 0 or ``nadir_steps``
             < 1.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np, bilb
-        >>> balancer = bilb.stch_nadir(warmup_steps=0, nadir_steps=1)
+        >>> balancer = bilb.stch_nadir(nadir_start=0, nadir_steps=1)
         >>> state = balancer.init(jnp.ones(2))
         >>> for losses in ([4.0, 1.0], [12.0, 1.0]):
         ...     balanced, state = balancer.update(jnp.array(losses), state)
@@ -141,7 +141,7 @@ def stch_nadir(
         arXiv 2402.19078, multi-task experiments of the official code.
     """
     checks.number("mu", mu, minimum=0, exclusive=True, schedule=True)
-    checks.number("warmup_steps", warmup_steps, minimum=0)
+    checks.number("nadir_start", nadir_start, minimum=0)
     checks.number("nadir_steps", nadir_steps, minimum=1)
     checks.number("floor", floor, minimum=0, exclusive=True)
 
@@ -169,7 +169,7 @@ def stch_nadir(
         weights = jnp.where(losses > floor, weights, 0.0)
         balanced, weights = base.split_over_tasks(value, weights, losses, mask)
 
-        take = base.usable(losses, mask) & ~ready & (state.step >= warmup_steps)
+        take = base.usable(losses, mask) & ~ready & (state.step >= nadir_start)
         count = state.count + take
         change = jnp.where(take, (floored - state.nadir) / jnp.maximum(count, 1), 0)
         return balanced, STCHNadirState(
