@@ -472,7 +472,7 @@ class TestBenchmark:
         benchmark.main(benchmark.Options(**options, seeds=2))
         constant, nash = options["methods"]
         assert asked == [(constant, [0]), (nash, [0]), (nash, [0]), (constant, [1]), (nash, [1])]
-        lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+        lines = (tmp_path / "pinn.jsonl").read_text().splitlines()
         assert [json.loads(line)["seed"] for line in lines] == [0, 0, 1, 1]
         assert "root+nash_mtl:sketch:0.9" in (tmp_path / "pinn.md").read_text()
         capsys.readouterr()
