@@ -8,12 +8,13 @@ likewise, together with the learning rate.
 
     python benchmarks/pinn.py                                     # some hours on two cores
     python benchmarks/pinn.py --problems poisson helmholtz --seeds 3 --methods ls constant log
-    python benchmarks/pinn.py --report                            # the table of what is there
+    python benchmarks/pinn.py --report --least 1                  # the table of what is there
 
 A method may come with a way to take Gram matrices and the decay of their running mean:
-``root+nash_mtl:sketch:0.999``. Every run is one line of runs.jsonl as soon as it is done, and is
-not repeated: an interrupted benchmark goes on where it stopped, and more seeds, methods or learning
-rates add to what is there.
+``root+nash_mtl:sketch:0.999``. Those of jinns, such as ``jinns.soft_adapt``, are run if named; see
+pinn_jinns.py. Every run is one line of pinn.jsonl as soon as it is done, and is not repeated: an
+interrupted benchmark goes on where it stopped, and more seeds, methods or learning rates add to
+what is there. The most telling methods come first, each on all problems.
 
 Times are those of one network, without compilation, while the seeds are trained side by side: the
 median over the chunks of a run, then over the runs. They are best taken on a machine that does
@@ -39,28 +40,38 @@ import balancers
 import pinn
 import report
 from equations import EQUATIONS
+from matplotlib.figure import Figure
 
 METHODS = (
     "ls",
     "constant",
     "log",
-    "uw",
+    "marigold_pinn",
+    "nash_pinn:sketch",
+    "marigold",
+    "lr_annealing:stacked",
+    "ntk_weights",
+    "softadapt",
+    "relobralo",
+    "self_adaptive",
+    "config:stacked",
+    "autobalance",
+    "db_pinn:stacked",
+    "nash_pinn:stacked",
     "famo",
+    "uw",
+    "igb_v1",
+    "log+bilb4mtl_celeba",
+    "log+marigold",
+    "log+marigold_nash",
+    "log+nash_mtl:sketch:0.99",
+    "nash_mtl:stacked",
+    "gradnorm:stacked",
     "dwa",
     "rlw",
     "gls",
     "imtl_l",
     "stch",
-    "log+bilb4mtl_celeba",
-    "igb_v1",
-    "log+marigold",
-    "root+marigold_nash",
-    "log+marigold_nash",
-    "root+nash_mtl:sketch:0.999",
-    "root+nash_mtl:stacked:0.999",
-    "log+nash_mtl:sketch:0.99",
-    "nash_mtl:stacked",
-    "gradnorm",
     "mgda:stacked",
     "upgrad:stacked",
     "cagrad:stacked",
@@ -68,12 +79,14 @@ METHODS = (
     "pcgrad:stacked",
     "imtl_g:stacked",
     "aligned_mtl:stacked",
-    "config:stacked",
     "db_mtl",
 )
+#: jinns' own schemes, in the table where they were run.
+JINNS = tuple(f"jinns.{n}" for n in ("soft_adapt", "ReLoBRaLo", "lr_annealing", "prior_loss"))
 #: Of 2, 5, 3 and 4 losses.
 PROBLEMS = ("poisson", "helmholtz", "burgers_viscous", "wave_slow")
 BASELINE = "constant"
+HIDDEN = (32, 32, 32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,24 +107,30 @@ class Options:
     """Number of seeds, trained side by side."""
     steps: int = 3_000
     """Training steps."""
+    least: int | None = None
+    """A method is in the table where all its settings have this many seeds; all by default."""
     report: bool = False
     """Only print the table of the runs that are there."""
-    output: Path = Path("outputs/pinn_benchmark")
-    """Folder for the runs and the table."""
+    output: Path = Path(__file__).parent / "results"
+    """Folder for the runs, the table and the figure."""
 
     def mistake(self) -> str | None:
         """Says what is wrong with the options, if anything."""
         for problem in self.problems:
             if problem not in EQUATIONS:
                 return f"unknown problem {problem!r}; choose from: {', '.join(EQUATIONS)}"
-        names = [name.split(":")[0] for name in self.methods]
-        if mistake := balancers.mistake(names, pinn.METHODS):
+        own = [name for name in self.methods if name not in JINNS]
+        names = [name.split(":")[0] for name in own]
+        mistake = balancers.mistake(names, pinn.METHODS)
+        if mistake and (own or not self.methods):
             return mistake
-        for name in self.methods:
+        for name in own:
             if mistake := _gram_mistake(name):
                 return mistake
         if self.seeds < 1 or self.steps < 1:
             return "--seeds and --steps must be at least 1"
+        if self.least is not None and not 1 <= self.least <= self.seeds:
+            return "--least must be at least 1 and at most --seeds"
         for flag in ("learning_rates", "weights"):
             if not getattr(self, flag) or min(getattr(self, flag)) <= 0:
                 return f"--{flag.replace('_', '-')} must be positive"
@@ -119,7 +138,7 @@ class Options:
 
 
 def _gram_mistake(name: str) -> str | None:
-    _, *of_gram = name.split(":")
+    method, *of_gram = name.split(":")
     if not of_gram:
         return None
     gram, *decay = of_gram
@@ -131,7 +150,7 @@ def _gram_mistake(name: str) -> str | None:
         value = np.nan
     if not 0 <= value < 1:
         return f"the decay in {name} must be at least 0 and less than 1"
-    if gram == "sketch" and value == 0:
+    if gram == "sketch" and value == 0 and not method.endswith("nash_pinn"):
         return f"one sketch says little about the Gram matrix: give a decay in {name} too"
     return None
 
@@ -188,8 +207,8 @@ def settings(options: Options) -> list[Setting]:
     """Returns all settings that the options ask for."""
     return [
         Setting(problem, method, learning_rate, weight, options.steps)
-        for problem in options.problems
         for method in options.methods
+        for problem in options.problems
         for weight in (options.weights if method == BASELINE else (1.0,))
         for learning_rate in options.learning_rates
     ]
@@ -197,19 +216,21 @@ def settings(options: Options) -> list[Setting]:
 
 def execute(setting: Setting, seeds: Sequence[int]) -> dict[int, Run]:
     """Trains the seeds of a setting."""
-    method, gram, decay, *_ = [*setting.method.split(":"), "exact", "0"][:3]
-    run = pinn.train(
-        EQUATIONS[setting.problem],
-        method,
-        seeds=seeds,
-        steps=setting.steps,
-        learning_rate=setting.learning_rate,
-        weight=setting.weight,
-        gram=gram,
-        decay=float(decay),
-    )
-    results = zip(seeds, run.final, run.validation)
-    return {seed: Run(float(e), float(v), run.seconds_per_step) for seed, e, v in results}
+    equation = EQUATIONS[setting.problem]
+    common = dict(seeds=seeds, steps=setting.steps, learning_rate=setting.learning_rate)
+    if setting.method in JINNS:
+        import pinn_jinns
+
+        scheme = setting.method.removeprefix("jinns.")
+        final, validation, seconds = pinn_jinns.train(equation, scheme, hidden=HIDDEN, **common)
+    else:
+        method, *of_gram = setting.method.split(":")
+        gram, decay = [*of_gram, *("exact", "0")[len(of_gram) :]]
+        arguments = dict(weight=setting.weight, gram=gram, decay=float(decay), hidden=HIDDEN)
+        run = pinn.train(equation, method, **common, **arguments)
+        final, validation, seconds = run.final, run.validation, run.seconds_per_step
+    results = zip(seeds, final, validation)
+    return {seed: Run(float(e), float(v), seconds) for seed, e, v in results}
 
 
 class Result(NamedTuple):
@@ -239,27 +260,43 @@ class Result(NamedTuple):
         return tuple(np.exp(self.logs.mean() + np.array([-half, half])).tolist())
 
 
-def chosen(runs: Runs, wanted: Sequence[Setting], seeds: int) -> dict[tuple[str, str], Result]:
-    """Returns the result of each problem and method, where all its settings have all seeds."""
+def chosen(
+    runs: Runs, wanted: Sequence[Setting], seeds: int, least: int | None = None
+) -> dict[tuple[str, str], Result]:
+    """Returns the result of each problem and method, where all its settings have enough seeds.
+
+    Args:
+        runs: what is there.
+        wanted: all settings that are to be compared.
+        seeds: the seeds below this number count, those that all settings of a method have.
+        least: how many they must be; all of them if None.
+    """
     by_method: dict[tuple[str, str], list[Setting]] = {}
     for setting in wanted:
         by_method.setdefault((setting.problem, setting.method), []).append(setting)
-
-    def validation(setting: Setting) -> float:
-        values = np.array([runs[setting][seed].validation for seed in range(seeds)])
-        return float(np.log(np.where(np.isfinite(values), values, np.inf)).mean())
-
-    complete = lambda setting: all(seed in runs.get(setting, {}) for seed in range(seeds))
     results = {}
     for key, candidates in by_method.items():
-        if all(map(complete, candidates)):
-            best = min(candidates, key=validation)
-            results[key] = Result(best, {seed: runs[best][seed] for seed in range(seeds)})
+        known = [runs.get(setting, {}).keys() for setting in candidates]
+        common = [seed for seed in range(seeds) if all(seed in of_one for of_one in known)]
+        if len(common) < (seeds if least is None else least):
+            continue
+
+        def validation(setting: Setting, common: list[int] = common) -> float:
+            values = np.array([runs[setting][seed].validation for seed in common])
+            return float(np.log(np.where(np.isfinite(values), values, np.inf)).mean())
+
+        best = min(candidates, key=validation)
+        results[key] = Result(best, {seed: runs[best][seed] for seed in common})
     return results
 
 
-def tables(results: dict[tuple[str, str], Result]) -> tuple[list[list[str]], list[list[str]]]:
-    """Returns the table of errors and that of what was chosen and took how long, heads first."""
+def tables(
+    results: dict[tuple[str, str], Result], seeds: int | None = None
+) -> tuple[list[list[str]], list[list[str]]]:
+    """Returns the table of errors and that of what was chosen and took how long, heads first.
+
+    Where the number of seeds is not ``seeds``, the table of errors says so.
+    """
     problems = list(dict.fromkeys(problem for problem, _ in results))
     methods = list(dict.fromkeys(method for _, method in results))
     against = f"/ {BASELINE}"
@@ -278,8 +315,9 @@ def tables(results: dict[tuple[str, str], Result]) -> tuple[list[list[str]], lis
         if result is None:
             return ""
         low, high = map(report.three_digits, result.interval())
-        mean = report.three_digits(result.mean)
-        return mean if len(result.runs) < 2 else f"{mean} [{low}, {high}]"
+        mean, number = report.three_digits(result.mean), len(result.runs)
+        cell = mean if number < 2 else f"{mean} [{low}, {high}]"
+        return cell if seeds in (None, number) else f"{cell} of {number}"
 
     def cost(result: Result | None) -> list[str]:
         if result is None:
@@ -300,20 +338,51 @@ def legend(options: Options) -> str:
     """Says what the columns are."""
     return (
         f"Relative L2 errors after {options.steps} steps: geometric mean over {options.seeds} "
-        "seed(s) and, in brackets,\nits 95 % t interval; lower is better. "
-        f"Last column: geometric mean over the problems of\nthe ratio to {BASELINE}. "
-        "Learning rates, and the constant weight w, by the error on\nvalidation points; "
-        f"from {', '.join(f'{rate:g}' for rate in options.learning_rates)}, "
-        f"and {', '.join(f'{weight:g}' for weight in options.weights)}."
+        "seed(s), or as many as the\ncell says, and in brackets its 95 % t interval; lower is "
+        "better. Last column: geometric mean over\nthe problems of the ratio to "
+        f"{BASELINE}. Learning rates, and the constant weight w, by the error on validation\n"
+        f"points; from {', '.join(f'{rate:g}' for rate in options.learning_rates)}, "
+        f"and {', '.join(f'{weight:g}' for weight in options.weights)}. Tanh MLP of "
+        f"{' x '.join(map(str, HIDDEN))}, Adam decaying along a cosine."
     )
 
 
+def figure(results: dict[tuple[str, str], Result]) -> Figure:
+    """Draws the errors with their intervals, a panel for each problem, a row for each method."""
+    problems = list(dict.fromkeys(problem for problem, _ in results))
+    methods = list(dict.fromkeys(method for _, method in results))
+    size = (2.2 + 2.6 * len(problems), 1.4 + 0.24 * len(methods))
+    picture = Figure(figsize=size, layout="constrained")
+    panels = picture.subplots(1, len(problems), sharey=True, squeeze=False)[0]
+    for ax, problem in zip(panels, problems):
+        baseline = results.get((problem, BASELINE))
+        if baseline is not None:
+            ax.axvline(baseline.mean, color="0.6", linewidth=1.0)
+        for row, method in enumerate(methods):
+            result = results.get((problem, method))
+            if result is None or not np.isfinite(result.mean):
+                continue
+            low, high = result.interval() if len(result.runs) > 1 else (result.mean, result.mean)
+            ax.plot([low, high], [row, row], color="tab:blue", linewidth=1.5)
+            ax.plot(result.mean, row, "o", color="tab:blue", markersize=4)
+        ax.set_xscale("log")
+        ax.set_xlabel("relative L2 error")
+        ax.set_title(f"{problem}, K = {len(EQUATIONS[problem].losses)}", fontsize="medium")
+    panels[0].set_yticks(range(len(methods)), methods)
+    panels[0].set_ylim(len(methods) - 0.5, -0.5)
+    return picture
+
+
 def publish(runs: Runs, options: Options) -> str:
-    """Writes the tables as Markdown and returns them as text."""
-    found = tables(chosen(runs, settings(options), options.seeds))
+    """Writes the tables as Markdown and the figure, and returns the tables as text."""
+    shown = dataclasses.replace(options, methods=tuple(dict.fromkeys(options.methods + JINNS)))
+    results = chosen(runs, settings(shown), options.seeds, options.least)
+    found = tables(results, options.seeds)
     parts = [*map(report.markdown, found), legend(options)]
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "pinn.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    if results:
+        figure(results).savefig(options.output / "pinn.png", dpi=110)
     return "\n\n".join([*map(report.aligned, found), legend(options)])
 
 
@@ -321,7 +390,7 @@ def main(options: Options) -> None:
     """Trains what is missing and prints the table."""
     if mistake := options.mistake():
         sys.exit(f"error: {mistake}")
-    path = options.output / "runs.jsonl"
+    path = options.output / "pinn.jsonl"
     wanted = settings(options)
     for number, setting in enumerate([] if options.report else wanted, start=1):
         done = read(path).get(setting, {})

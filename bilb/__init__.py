@@ -34,6 +34,8 @@ from bilb.gradient_balancing.cagrad import cagrad as cagrad
 from bilb.gradient_balancing.config import config as config
 from bilb.gradient_balancing.cr_mogm import CRMOGMState as CRMOGMState
 from bilb.gradient_balancing.cr_mogm import cr_mogm as cr_mogm
+from bilb.gradient_balancing.db_pinn import DBPINNState as DBPINNState
+from bilb.gradient_balancing.db_pinn import db_pinn as db_pinn
 from bilb.gradient_balancing.dualproj import dualproj as dualproj
 from bilb.gradient_balancing.fairgrad import fairgrad as fairgrad
 from bilb.gradient_balancing.gradnorm import GradNormState as GradNormState

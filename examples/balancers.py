@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -102,6 +103,7 @@ METHODS: dict[str, Factory] = {
     "relobralo": lambda s: bilb.relobralo(key=s.seed),
     "self_adaptive": lambda s: bilb.self_adaptive(),
     "lr_annealing": lambda s: bilb.lr_annealing(every=s.steps_per_epoch),
+    "db_pinn": lambda s: bilb.db_pinn(every=s.steps_per_epoch),
     "ntk_weights": lambda s: bilb.ntk_weights(every=s.steps_per_epoch),
     "marigold_pinn": lambda s: bilb.presets.marigold_pinn(),
     "nash_pinn": lambda s: bilb.presets.nash_pinn(),
@@ -133,6 +135,25 @@ def make(
 ) -> optax.GradientTransformation:
     """Returns a method by its name, or the chain of those whose names ``+`` joins."""
     return bilb.chain(*(known[part](settings) for part in name.split("+")))
+
+
+def one_for_each_loss(
+    optimizer: optax.GradientTransformation, number: int
+) -> optax.GradientTransformation:
+    """Adds the updates of ``number`` copies of an optimiser, each with a loss of its own.
+
+    Its gradients have a leading axis of losses, its updates have none.
+    """
+
+    def init(parameters: Any) -> Any:
+        return jax.vmap(lambda _: optimizer.init(parameters))(jnp.arange(number))
+
+    def update(gradients: Any, states: Any, parameters: Any) -> tuple[Any, Any]:
+        each = jax.vmap(optimizer.update, in_axes=(0, 0, None))
+        updates, states = each(gradients, states, parameters)
+        return jax.tree.map(lambda u: u.sum(0), updates), states
+
+    return optax.GradientTransformation(init, update)
 
 
 def mistake(

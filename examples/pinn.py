@@ -13,7 +13,12 @@ distance to a solution that was computed otherwise.
 
 It prints a table and writes a figure: the solutions, their errors, and the weights of the losses
 over time. ``constant`` weighs all losses but those of the equation with ``--weight``; ``root``
-stands for the square roots of the losses. The equations are in equations.py.
+stands for the square roots of the losses; ``autobalance`` gives each loss an optimiser of its own
+and adds their updates, which no weights can say. The equations are in equations.py.
+
+References:
+    An et al., *AutoBalance: an automatic balancing framework for training physics-informed neural
+    networks*, arXiv 2510.06684.
 """
 
 from __future__ import annotations
@@ -33,6 +38,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import report
 import tqdm
 import tyro
@@ -43,7 +49,11 @@ from matplotlib.figure import Figure
 import bilb
 from bilb import plots
 
-METHODS = balancers.METHODS | {"constant": lambda s: bilb.linear_scalarization(s.selection)}
+METHODS = balancers.METHODS | {
+    "constant": lambda s: bilb.linear_scalarization(s.selection),
+    "autobalance": lambda s: bilb.linear_scalarization(),  # what differs is the optimiser
+}
+HIDDEN = (48, 48, 48)
 STEPS = 3_000
 LEARNING_RATE = 5e-3
 STEPS_PER_EPOCH = 100  # of methods that look back an epoch; every batch is new here
@@ -83,7 +93,7 @@ class Network(nn.Module):
 
     corners: tuple[tuple[float, ...], tuple[float, ...]]
     outputs: int
-    hidden: tuple[int, ...] = (48, 48, 48)
+    hidden: tuple[int, ...] = HIDDEN
 
     @nn.compact
     def __call__(self, points: Array) -> Array:
@@ -128,6 +138,7 @@ def train(
     penalty: float = 0.05,
     gram: str = "exact",
     decay: float = 0.0,
+    hidden: tuple[int, ...] = HIDDEN,
 ) -> Run:
     """Trains one method for a fixed number of steps with several seeds at once.
 
@@ -144,6 +155,7 @@ def train(
         penalty: weight of the loss discrepancy in the bilevel methods.
         gram: a name in `GRAMS`, the way to take Gram matrices.
         decay: of the running mean of the Gram matrix, in [0, 1).
+        hidden: the widths of the network's hidden layers.
     """
     start = time.perf_counter()
     number = len(equation.losses)
@@ -156,7 +168,7 @@ def train(
         gram=gram,
         **{name: jnp.asarray(value, jnp.float32) for name, value in numbers.items()},
     )
-    static = dict(method=method, equation=equation)
+    static = dict(method=method, equation=equation, hidden=hidden)
     carry = start_training(settings, **static)
     reference = equation.reference()
     points = reference.points().astype(np.float32)
@@ -169,7 +181,7 @@ def train(
             carry, records = continue_training(settings, carry, chunk, window=window, **static)
             history.append(jax.tree.map(np.asarray, records))
             seconds.append(time.perf_counter() - begin)
-            values = np.asarray(evaluate(carry[0], points, equation=equation))
+            values = np.asarray(evaluate(carry[0], points, equation=equation, hidden=hidden))
             errors.append(relative_l2(values, reference.values))
             progress.update(length)
     losses, weights = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *history)
@@ -200,13 +212,19 @@ def relative_l2(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return np.stack([size(difference[:, c]) / size(known[c]) for c in (black, ~black)])
 
 
-def ingredients(settings: Settings, method: str, equation: Equation) -> tuple[Any, Any]:
+def ingredients(
+    settings: Settings, method: str, equation: Equation, hidden: tuple[int, ...] = HIDDEN
+) -> tuple[Any, optax.GradientTransformation]:
     """Returns the value and gradient of the losses, and the network's optimiser."""
-    network = Network(equation.corners, equation.outputs)
+    network = Network(equation.corners, equation.outputs, hidden)
 
     def task_losses(parameters: Any, points: dict[str, Array]) -> Array:
         return equation.task_losses(functools.partial(network.apply, parameters), points)
 
+    if method.endswith("autobalance"):
+        balancer = balancers.make(method, settings, METHODS)
+        optimizer = balancers.one_for_each_loss(settings.optimizer(), len(equation.losses))
+        return experiment.Aggregated(task_losses, balancer, optax.identity()), optimizer
     driver = experiment.driver(settings, method, task_losses, known=METHODS)
     return driver, settings.optimizer()
 
@@ -223,13 +241,13 @@ def draw(equation: Equation, seed: Array, step: Array) -> dict[str, Array]:
     return equation.draw(jax.random.fold_in(key, step))
 
 
-@functools.partial(jax.jit, static_argnames=("method", "equation"))
-def start_training(settings, *, method, equation):
+@functools.partial(jax.jit, static_argnames=("method", "equation", "hidden"))
+def start_training(settings, *, method, equation, hidden=HIDDEN):
     """Returns (parameters, optimiser state, balancer state), leading axis seeds."""
-    network = Network(equation.corners, equation.outputs)
+    network = Network(equation.corners, equation.outputs, hidden)
 
     def start(settings, seed, _):
-        value_and_grad, optimizer = ingredients(settings, method, equation)
+        value_and_grad, optimizer = ingredients(settings, method, equation, hidden)
         key, _ = jax.random.split(jax.random.key(seed))
         parameters = network.init(key, jnp.zeros((1, len(equation.coordinates))))
         points = draw(equation, seed, 0)
@@ -239,9 +257,9 @@ def start_training(settings, *, method, equation):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("method", "equation", "window"), donate_argnames="carry"
+    jax.jit, static_argnames=("method", "equation", "window", "hidden"), donate_argnames="carry"
 )
-def continue_training(settings, carry, chunk, *, method, equation, window):
+def continue_training(settings, carry, chunk, *, method, equation, window, hidden=HIDDEN):
     """Takes the steps whose numbers are in ``chunk``.
 
     Returns:
@@ -251,16 +269,16 @@ def continue_training(settings, carry, chunk, *, method, equation, window):
 
     def run(settings, carry, chunk):
         points_of = functools.partial(draw, equation, settings.seed)
-        parts = ingredients(settings, method, equation)
+        parts = ingredients(settings, method, equation, hidden)
         return experiment.scan_steps(*parts, carry, chunk, points_of, window)
 
     return over_seeds(run, settings)(settings, carry, chunk)
 
 
-@functools.partial(jax.jit, static_argnames="equation")
-def evaluate(parameters, points, *, equation):
+@functools.partial(jax.jit, static_argnames=("equation", "hidden"))
+def evaluate(parameters, points, *, equation, hidden=HIDDEN):
     """Returns the values (seeds, N, outputs) of the networks at points (N, 2)."""
-    network = Network(equation.corners, equation.outputs)
+    network = Network(equation.corners, equation.outputs, hidden)
     return jax.vmap(network.apply, in_axes=(0, None))(parameters, points)
 
 

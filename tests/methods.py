@@ -514,6 +514,18 @@ METHODS = [
         kin="lr_annealing",
     ),
     Method(
+        "db_pinn",
+        bilb.db_pinn,
+        {"eps": 1e-5},
+        {"every": 1, "reference": 0},
+        static_args=("every", "reference"),
+        extra=norms,
+        phi=weighted_sum,
+        equivariant=False,
+        learns=("weights", "mean_losses"),
+        kin="lr_annealing",
+    ),
+    Method(
         "ntk_weights",
         bilb.ntk_weights,
         {"momentum": 0.3, "decay": 0.3, "eps": 1e-5},

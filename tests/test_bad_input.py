@@ -160,6 +160,8 @@ CASES = {
     "rho -1": (lambda: bilb.relobralo(rho=-1.0), ValueError, r"rho.*>= 0.*-1"),
     "momentum 2": (lambda: bilb.lr_annealing(2.0), ValueError, r"momentum.*<= 1.*2\.0"),
     "every of norms": (lambda: bilb.lr_annealing(every=0), ValueError, "every.*got 0"),
+    "every of conditions": (lambda: bilb.db_pinn(every=0), ValueError, "every.*got 0"),
+    "eps -1": (lambda: bilb.db_pinn(eps=-1.0), ValueError, r"eps.*> 0.*got -1\.0"),
     "eps 0": (lambda: bilb.ntk_weights(eps=0.0), ValueError, r"eps.*> 0.*got 0\.0"),
     "decay 1": (lambda: bilb.ntk_weights(decay=1.0), ValueError, "decay"),
     "reference 3": (

@@ -1,6 +1,5 @@
 """Physics-informed networks: equations and their solutions, the example, and its benchmark."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -20,17 +19,6 @@ from equations import EQUATIONS
 EXAMPLES = pathlib.Path(pinn.__file__).parent
 BENCHMARK = EXAMPLES.parent / "benchmarks" / "pinn.py"
 
-
-def _load_benchmark():
-    # Under a name of its own: the example is called pinn, too.
-    spec = importlib.util.spec_from_file_location("pinn_benchmark", BENCHMARK)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-benchmark = _load_benchmark()
 
 SOLUTIONS = {
     "poisson": equations.poisson_solution,
@@ -363,119 +351,3 @@ class TestCommandLine:
         speed = lambda title: panels[title].collections[0].get_array()
         np.testing.assert_allclose(speed("ls: solution"), speed("reference"))
         assert not speed("moco: solution").any()
-
-
-def made_up_runs(errors, validation):
-    return {
-        seed: benchmark.Run(error, v, 1e-3)
-        for seed, (error, v) in enumerate(zip(errors, validation, strict=True))
-    }
-
-
-class TestBenchmark:
-    def test_validation_chooses_and_the_other_points_are_shown(self, tmp_path):
-        options = benchmark.Options(
-            problems=("poisson",),
-            methods=("ls", "constant", "log"),
-            learning_rates=(1e-3, 1e-2),
-            weights=(10.0, 100.0),
-            seeds=2,
-            steps=7,
-        )
-        wanted = benchmark.settings(options)
-        assert len(wanted) == 2 + 4 + 2
-        runs = {setting: made_up_runs([0.5, 0.5], [0.5, 0.5]) for setting in wanted}
-        best = benchmark.Setting("poisson", "constant", 1e-2, 100.0, 7)
-        runs[best] = made_up_runs([0.1, 0.4], [0.1, 0.1])
-        runs[best._replace(weight=10.0)] = made_up_runs([0.01, 0.01], [0.2, np.nan])
-        runs[best._replace(method="log", weight=1.0)] = made_up_runs([np.nan, 0.3], [0.1, 0.1])
-        for setting, of_seeds in runs.items():
-            benchmark.append(tmp_path / "runs.jsonl", setting, of_seeds)
-        read = benchmark.read(tmp_path / "runs.jsonl")
-        results = benchmark.chosen(read, wanted, seeds=2)
-        assert results["poisson", "constant"].setting == best
-        np.testing.assert_allclose(results["poisson", "constant"].mean, 0.2)
-        # log 0.2 ± t(0.975, 1) log 2: with two seeds next to nothing is known.
-        low, high = results["poisson", "constant"].interval()
-        half = 12.7062 * np.log(2)
-        np.testing.assert_allclose(
-            np.log([low, high]), np.log(0.2) + np.array([-half, half]), rtol=1e-4
-        )
-        errors, costs = benchmark.tables(results)
-        assert errors[1:] == [
-            ["ls", "0.500 [0.500, 0.500]", "2.50"],
-            ["constant", errors[2][1], "1.00"],
-            ["log", "inf [0, inf]", "inf"],
-        ]
-        assert costs[2] == ["constant", "0.01, w = 100", "1.00"]
-        # A setting that lacks a seed leaves its method out.
-        del read[best][1]
-        assert set(benchmark.chosen(read, wanted, 2)) == {("poisson", "ls"), ("poisson", "log")}
-
-    def test_a_line_that_was_cut_short_does_not_count(self, tmp_path):
-        path = tmp_path / "new" / "runs.jsonl"
-        setting = benchmark.Setting("poisson", "ls", 1e-3, 1.0, 7)
-        assert benchmark.read(path) == {}
-        benchmark.append(path, setting, made_up_runs([0.5, 0.25], [1.0, 2.0]))
-        path.write_text(path.read_text()[:-9])
-        assert set(benchmark.read(path)[setting]) == {0}
-        benchmark.append(path, setting, {1: benchmark.Run(0.3, np.inf, 1e-3)})
-        assert benchmark.read(path)[setting] == {
-            0: benchmark.Run(0.5, 1.0, 1e-3),
-            1: benchmark.Run(0.3, np.inf, 1e-3),
-        }
-
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            (dict(problems=("heat",)), "unknown problem 'heat'; choose from: poisson"),
-            (dict(methods=("nonsense:exact",)), "unknown method 'nonsense'; choose from: ls"),
-            (dict(methods=("mgda:guess",)), "unknown Gram matrix 'guess' in mgda:guess"),
-            (dict(methods=("mgda:exact:1",)), "the decay in mgda:exact:1 must be"),
-            (dict(methods=("mgda:exact:x",)), "the decay in mgda:exact:x must be"),
-            (dict(methods=("mgda:exact:0.9:2",)), "the decay in mgda:exact:0.9:2 must be"),
-            (dict(methods=("mgda:sketch",)), "give a decay in mgda:sketch too"),
-            (dict(weights=()), "--weights must be positive"),
-            (dict(learning_rates=(0.1, 0.0)), "--learning-rates must be positive"),
-            (dict(seeds=0), "at least 1"),
-            ({}, None),
-        ],
-    )
-    def test_mistakes(self, changes, message):
-        found = benchmark.Options(**changes).mistake()
-        assert found is None if message is None else message in found
-
-    @pytest.mark.slow
-    def test_goes_on_where_it_stopped(self, tmp_path, monkeypatch, capsys):
-        options = dict(
-            problems=("poisson",),
-            methods=("constant", "root+nash_mtl:sketch:0.9"),
-            learning_rates=(1e-3,),
-            weights=(10.0,),
-            steps=4,
-            output=tmp_path,
-        )
-        asked = []
-        execute = benchmark.execute
-
-        def recording(setting, seeds):
-            asked.append((setting.method, list(seeds)))
-            if len(asked) == 2:
-                raise KeyboardInterrupt
-            return execute(setting, seeds)
-
-        monkeypatch.setattr(benchmark, "execute", recording)
-        with pytest.raises(KeyboardInterrupt):
-            benchmark.main(benchmark.Options(**options, seeds=1))
-        benchmark.main(benchmark.Options(**options, seeds=1))
-        benchmark.main(benchmark.Options(**options, seeds=2))
-        benchmark.main(benchmark.Options(**options, seeds=2))
-        constant, nash = options["methods"]
-        assert asked == [(constant, [0]), (nash, [0]), (nash, [0]), (constant, [1]), (nash, [1])]
-        lines = (tmp_path / "runs.jsonl").read_text().splitlines()
-        assert [json.loads(line)["seed"] for line in lines] == [0, 0, 1, 1]
-        assert "root+nash_mtl:sketch:0.9" in (tmp_path / "pinn.md").read_text()
-        capsys.readouterr()
-        benchmark.main(benchmark.Options(**options, seeds=2, report=True))
-        assert "w = 10" in capsys.readouterr().out
-        assert len(asked) == 5

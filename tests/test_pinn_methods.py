@@ -132,6 +132,58 @@ def test_tangent_kernel_weights(momentum, every, decay):
 
 
 @pytest.mark.x64
+@pytest.mark.parametrize("every", [1, 3])
+def test_dual_balancing(every):
+    """Against the update of the official code, with norms for its standard deviations."""
+    memory = {"weights": np.zeros(2), "mean": np.zeros(3), "renewals": 0}
+
+    def weigh(step, losses, gradients, jacobians):
+        if step % every == 0:
+            memory["renewals"] += 1
+            forget = 1 / memory["renewals"]
+            norms = np.sqrt(squared_norms(gradients, jacobians))
+            aggregated = (norms[0] / (norms[1:] + 1e-5 * norms[0])).sum()
+            memory["mean"] = (1 - forget) * memory["mean"] + forget * losses
+            difficulty = (losses / memory["mean"])[1:]
+            new = aggregated * difficulty / difficulty.sum()
+            memory["weights"] = memory["weights"] + forget * (new - memory["weights"])
+        return np.array([1.0, *memory["weights"]])
+
+    x, weights = train(bilb.db_pinn(every), gram=bilb.grams.stacked())
+    expected_x, expected_weights = train_by_hand(weigh)
+    assert np.ptp(expected_weights[:, 1:], axis=0).min() > 0.01
+    np.testing.assert_allclose(weights, expected_weights, **EXACT)
+    np.testing.assert_allclose(x, expected_x, **EXACT)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_dual_balancing_leaves_out_what_is_not_finite(every):
+    balancer = bilb.db_pinn(every=every)
+
+    @jit
+    def update(losses, norms, state):
+        given = {"gradient_norms": norms} if every == 1 else {"gram_fn": lambda: jnp.diag(norms**2)}
+        return balancer.update(losses, state, **given)
+
+    losses, norms = jnp.array([1.0, 2.0, 3.0]), jnp.array([4.0, 2.0, 1.0])
+    _, state = update(losses, norms, balancer.init(losses))
+    np.testing.assert_allclose(state.weights, [1.0, 3.0, 3.0], rtol=1e-4)
+    state = state._replace(step=0 * state.step)
+    # Nothing is known of the second: the first has all that the third's ratio gives.
+    _, without = update(losses, norms.at[1].set(jnp.nan), state)
+    np.testing.assert_allclose(without.weights, [1.0, 3.0, 3.5], rtol=1e-4)
+    np.testing.assert_array_equal(without.count, [2, 1, 2])
+    for nothing in (norms.at[0].set(0.0), norms.at[0].set(jnp.inf)):
+        _, same = update(losses, nothing, state)
+        np.testing.assert_array_equal(same.weights, state.weights)
+    # A condition that is solved adds nothing to the mean of its weights.
+    for solved, expected in [([1.0, 0.0, 3.0], [1.0, 1.5, 4.5]), ([1.0, 0.0, 0.0], [1, 1.5, 1.5])]:
+        balanced, after = update(jnp.array(solved), norms, state)
+        assert_finite((balanced, after))
+        np.testing.assert_allclose(after.weights, expected, rtol=1e-4)
+
+
+@pytest.mark.x64
 @pytest.mark.parametrize("name", ["lr_annealing", "ntk_weights"])
 def test_nothing_is_measured_between_renewals(name):
     """The weights stay the same, and what they are made of is not computed: it would fail."""
