@@ -119,4 +119,4 @@ from bilb.training_steps.forum import forum as forum
 from bilb.training_steps.moml import MOMLState as MOMLState
 from bilb.training_steps.moml import moml as moml
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

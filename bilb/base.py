@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -166,9 +166,8 @@ def loss_transformation(
         if mask is not None:
             balanced = jnp.where(mask, balanced, 0.0)
             if keeps_absent:
-                new_state = keep_absent(
-                    mask, new_state, state, functools.partial(specification, dtype=dtype)
-                )
+                shapes = lambda count: specification(count, dtype)
+                new_state = keep_absent(mask, new_state, state, shapes)
         return balanced.astype(loss_dtype), jax.tree.map(like, new_state, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -179,7 +178,7 @@ def shapes_of(init: Callable[[int, Any], PyTree]) -> Callable[[int, Any], PyTree
     return functools.cache(lambda num_tasks, dtype: jax.eval_shape(lambda: init(num_tasks, dtype)))
 
 
-def name_of(function: Callable) -> str:
+def name_of(function: Any) -> str:
     """Returns the name of the public function that a closure belongs to."""
     return function.__qualname__.split(".")[0]
 
@@ -240,7 +239,7 @@ def learn_where(
 def supply_missing(
     function: Callable[[dict[str, Any]], Any],
     given: dict[str, Any],
-    supply: dict[str, Callable[[], Any]],
+    supply: Mapping[str, Callable[[], Any]],
 ) -> tuple[Any, dict[str, Any]]:
     """Calls ``function(given)``, adding what it says is missing; returns what it had in the end."""
     while True:

@@ -394,15 +394,14 @@ def _draw_history(history, label, band, log, heatmap, ax):
         ax.invert_yaxis()
     else:
         ax = _axes(ax)
-        lower, upper = history.band(band) if history.has_band else (None, None)
+        edges = history.band(band) if history.has_band else None
         for k, name in enumerate(history.names):
             colour, turn = _colour(k)
             style = _DASHES[turn % len(_DASHES)]
             ax.plot(history.steps, history.mean[:, k], color=colour, linestyle=style, label=name)
-            if history.has_band:
-                ax.fill_between(
-                    history.steps, lower[:, k], upper[:, k], color=colour, alpha=0.2, linewidth=0
-                )
+            if edges is not None:
+                lower, upper = (edge[:, k] for edge in edges)
+                ax.fill_between(history.steps, lower, upper, color=colour, alpha=0.2, linewidth=0)
         if log:
             ax.set_yscale("log")
         ax.set_ylabel(label)

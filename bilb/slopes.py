@@ -90,10 +90,9 @@ def finite_difference(
                 f"finite differences of {losses.dtype} losses round to zero: use "
                 "bilb.slopes.forward, or return the losses in float32."
             )
-        if displacement is None:
+        h: Any = displacement(params) if callable(displacement) else displacement
+        if h is None:
             h = 3e-4 * (1.0 + optax.tree.norm(params))
-        else:
-            h = displacement(params) if callable(displacement) else displacement
         norm = optax.tree.norm(direction)
         mu = h / jnp.where(norm > 0, norm, 1.0)
         moved = jax.tree.map(lambda x, d: (x + mu * d).astype(x.dtype), params, direction)

@@ -169,7 +169,8 @@ class ValueAndGrad:
         gradient_of = lambda weights: self._mean(pullback((weights, no_features)))
         here = self._on_shared(losses, gradient_of, lambda direction: pushforward(direction)[0])
         of_rows = isinstance(self.gram, gram_engines.Stacked)
-        take_rows = lambda: self.gram.rows(gradient_of, losses)
+        engine: Any = self.gram
+        take_rows = lambda: engine.rows(gradient_of, losses)
         rows = functools.cache(take_rows)
 
         def slopes_along(direction):
@@ -468,9 +469,8 @@ def aggregate_by(
         combine = lambda weights: jacobian.combine(weights, task_gradients)
         combined = _with_heads(combine, weights, shared, heads, extra.get("mask"))
         along = lambda: gram_engines.products(shared_rows, _shared(combined, shared))
-        slopes = None if state.slopes is None else along()
-        cast = lambda value: None if value is None else value.astype(dtype)
-        return combined, AggregateByState(cast(weights), new, cast(slopes))
+        slopes = None if state.slopes is None else along().astype(dtype)
+        return combined, AggregateByState(weights.astype(dtype), new, slopes)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

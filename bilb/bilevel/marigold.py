@@ -11,7 +11,7 @@ This is a reconstruction from the abstract of arXiv 2603.07389, which was all th
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -189,10 +189,10 @@ def marigold(
         taught = present & jnp.isfinite(gradient).all()
         return base.learn_where(taught, new, state, lambda k: shapes(k, point.dtype))
 
-    def update(losses, state, *, mask, slopes=None, taught=None, slope_fn=None, **_):
+    def update(losses, state, *, mask, slopes=None, taught=None, slope_fn: Any = None, **_):
         present = base.present(losses, mask)
+        product: Any = None
         if lagged:
-            product = None
             learnt = learn(state, lambda _: base.bounded_gradient(slopes), taught)
         else:
             product = lambda weights: base.bounded_gradient(slope_fn(weights))

@@ -94,7 +94,7 @@ def gradvac(
 
 
 def vaccinate(
-    gram: Gram, usual: jax.Array, orders: jax.Array, beta: jax.Array, eps: jax.Array = 0.0
+    gram: Gram, usual: jax.Array, orders: jax.Array, beta: jax.Array, eps: jax.Array | float = 0.0
 ) -> tuple[jax.Array, jax.Array]:
     """Returns weights and cosines after each task i met the tasks ``orders[i]`` (K, M), in order.
 

@@ -24,7 +24,7 @@ class _Point(NamedTuple):
     slacks: jax.Array  # (K,), positive: the multipliers of weights >= 0
     level: jax.Array  # (), the multiplier of the sum
     step: jax.Array
-    done: jax.Array
+    done: jax.Array | bool
 
 
 def minimise(

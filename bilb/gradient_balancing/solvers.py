@@ -224,7 +224,7 @@ def conflict_averse_weights(
     return mean + jnp.where(kink, 0.0, radius / jnp.where(length > 0, length, 1.0)) * w
 
 
-def fair_weights(gram: jax.Array, alpha: jax.Array, where: jax.Array) -> jax.Array:
+def fair_weights(gram: jax.Array, alpha: jax.Array | float, where: jax.Array) -> jax.Array:
     r"""Solves :math:`G w = w^{-1/\alpha}`, the condition of α-fairness; α = 1 is Nash's.
 
     It is the optimum of a strictly convex function,
