@@ -133,9 +133,9 @@ def init_params(key: jax.Array, options: Options, num_tasks: int) -> dict[str, j
 def task_losses(params: dict[str, jax.Array], batch: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Returns the mean squared errors (K,)."""
     features, targets = batch
-    for name, kernel in params.items():
-        features = features @ kernel if name == "heads" else jax.nn.relu(features @ kernel)
-    return jnp.mean((features - targets) ** 2, axis=0)
+    for layer in range(len(params) - 1):
+        features = jax.nn.relu(features @ params[f"trunk_{layer}"])
+    return jnp.mean((features @ params["heads"] - targets) ** 2, axis=0)
 
 
 def training(name: str, options: Options, num_tasks: int) -> Training:

@@ -133,13 +133,15 @@ def small_options(folder, *methods, **values):
     return tuned.Options(("small",), methods, candidates=2, output=folder, **values)
 
 
-class TestTuned:
-    @pytest.fixture(scope="class")
-    def done(self, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("tuned")
-        options = small_options(folder, "ls", "si", "constant")
-        return options, tuned.main(options, SMALL, "small"), protocol.read(folder / "runs.jsonl")
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """Options, table and lines of a benchmark that ran to its end."""
+    folder = tmp_path_factory.mktemp("tuned")
+    options = small_options(folder, "ls", "si", "constant")
+    return options, tuned.main(options, SMALL, "small"), protocol.read(folder / "runs.jsonl")
 
+
+class TestTuned:
     def test_number_of_runs(self, done):
         _, _, lines = done
         count = lambda name, tuning: sum(
@@ -349,12 +351,13 @@ class TestCost:
         assert "thick" in cost.Options(methods=("mgda@gram=thick",)).mistake()
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("torchjd"), reason="needs PyTorch and TorchJD")
-class TestSideBySide:
-    @pytest.fixture(scope="class")
-    def benchmark(self):
-        return load_benchmark("side_by_side")
+@pytest.fixture(scope="module")
+def benchmark():
+    return load_benchmark("side_by_side")
 
+
+@_has("torchjd")
+class TestSideBySide:
     @pytest.mark.parametrize(
         ("kind", "method"),
         [
