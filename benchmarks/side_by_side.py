@@ -15,6 +15,7 @@ rises above that, or above what is left of compilation, while steps are taken.
     python benchmarks/side_by_side.py
     python benchmarks/side_by_side.py --methods bilb4mtl --num-tasks 40 --rounds 51 --no-memory
 
+Every method is a line of side_by_side.jsonl as soon as it is measured, and is not measured again.
 The last column says how far apart the losses are after two steps from the same parameters: not at
 all, but for rounding, and for methods that draw random numbers or that TorchJD solves less closely.
 """
@@ -31,7 +32,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
+import protocol
 import report
 import torch_steps
 
@@ -229,9 +231,8 @@ def peak_in_a_process(kind: str, method: str, num_tasks: int, options: Options) 
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(num_tasks: int, options: Options) -> list[dict[str, Any]]:
-    """Returns the numbers of every method, opponents as far as they have it."""
-    found = []
+def compare(num_tasks: int, options: Options) -> Iterator[dict[str, Any]]:
+    """Yields the numbers of every method, opponents as far as they have it."""
     for method in options.methods:
         problem = Problem(options, num_tasks)
         made = {kind: make_step(kind, method, problem) for kind in ("bilb", *OPPONENTS)}
@@ -248,24 +249,16 @@ def compare(num_tasks: int, options: Options) -> list[dict[str, Any]]:
         memory = {}
         if options.memory:
             memory = {kind: peak_in_a_process(kind, method, num_tasks, options) for kind in losses}
-        found.append(
-            {
-                "problem": "perceptron",
-                "num_tasks": num_tasks,
-                "method": method,
-                "steps_per_second": {
-                    kind: 1 / statistics.median(of) for kind, of in seconds.items()
-                },
-                "time_over_bilb": {
-                    kind: ratio(of, seconds["bilb"]) for kind, of in seconds.items()
-                },
-                "time_over_ls": ratio(seconds["bilb"], seconds.get("ls", seconds["bilb"])),
-                "peak_mib": memory,
-                "apart": apart,
-            }
-        )
-        print(json.dumps(found[-1]), flush=True)
-    return found
+        yield {
+            "problem": "perceptron",
+            "num_tasks": num_tasks,
+            "method": method,
+            "steps_per_second": {kind: 1 / statistics.median(of) for kind, of in seconds.items()},
+            "time_over_bilb": {kind: ratio(of, seconds["bilb"]) for kind, of in seconds.items()},
+            "time_over_ls": ratio(seconds["bilb"], seconds.get("ls", seconds["bilb"])),
+            "peak_mib": memory,
+            "apart": apart,
+        }
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
@@ -300,7 +293,15 @@ def main(options: Options) -> None:
         kind, method = options.of.split(":")
         print(json.dumps(peak_memory(kind, method, options)))
         return
-    found = [of for num_tasks in options.num_tasks for of in compare(num_tasks, options)]
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "side_by_side.jsonl"
+    for num_tasks in options.num_tasks:
+        known = {(of["num_tasks"], of["method"]) for of in protocol.read(path)}
+        left = tuple(method for method in options.methods if (num_tasks, method) not in known)
+        for of in compare(num_tasks, dataclasses.replace(options, methods=left)):
+            protocol.append(path, [of])
+            print(json.dumps(of), flush=True)
+    found = sorted(protocol.read(path), key=lambda of: of["num_tasks"])
     model = (
         f"A perceptron of {options.depth} hidden layers of {options.width} units, "
         f"{options.inputs} inputs, batches of {options.batch_size}; jax {jax.__version__}, "
@@ -308,10 +309,7 @@ def main(options: Options) -> None:
     )
     text = f"# Training steps beside PyTorch's\n\n{model}\n\n{table(found)}"
     print(text)
-    options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "side_by_side.md").write_text(text + "\n", encoding="utf-8")
-    lines = "".join(json.dumps(of) + "\n" for of in found)
-    (options.output / "side_by_side.jsonl").write_text(lines, encoding="utf-8")
 
 
 if __name__ == "__main__":
