@@ -5,6 +5,7 @@ folder, they come from there instead, and none of them may be missing.
 """
 
 import functools
+import importlib.util
 import itertools
 import os
 import pathlib
@@ -28,8 +29,20 @@ hypothesis.settings.load_profile("same examples")
 TESTS = pathlib.Path(__file__).parent
 ORACLES = pathlib.Path(os.environ.get("BILB_ORACLES") or TESTS / "data")
 
-# The examples import their neighbours the way scripts do.
+# The examples import their neighbours the way scripts do, and so do the benchmarks. Those come last:
+# a name that is in both folders is that of the example, and load_benchmark is for the other.
 sys.path.insert(0, str(TESTS.parent / "examples"))
+sys.path.append(str(TESTS.parent / "benchmarks"))
+
+
+def load_benchmark(name):
+    """Imports a benchmark under a name of its own, as examples or tests may have the same."""
+    path = TESTS.parent / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.hookimpl(tryfirst=True)

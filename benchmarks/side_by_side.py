@@ -1,0 +1,316 @@
+"""A training step in bilb beside the same step in PyTorch: steps per second and peak memory.
+
+Both train one perceptron with K linear heads on the same batch with Adam. The opponents:
+
+* ``torch``: a plain PyTorch step written from the method's formulas;
+* ``compiled``: the same with its losses and weights under ``torch.compile``;
+* ``torchjd``: TorchJD's Jacobian, aggregated by its own implementation of the method.
+
+Every round takes a few steps of each, in turns, so that what else the machine does hits all alike;
+the table has the median over the rounds of the ratios to bilb's own time. Peak memory is that of a
+process that does nothing else: the size of parameters and optimiser, and what resident memory
+rises above that, or above what is left of compilation, while steps are taken.
+
+    pip install 'bilb[bench-torch]'
+    python benchmarks/side_by_side.py
+    python benchmarks/side_by_side.py --methods bilb4mtl --num-tasks 40 --rounds 51 --no-memory
+
+Every method is a line of side_by_side.jsonl as soon as it is measured, and is not measured again.
+The last column says how far apart the losses are after two steps from the same parameters: not at
+all, but for rounding, and for methods that draw random numbers or that TorchJD solves less closely.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import protocol
+import report
+import torch_steps
+
+import bilb
+
+LEARNING_RATE, PENALTY = 1e-3, 0.05
+
+#: The methods of bilb, by name; what PyTorch does for each is in torch_steps.py.
+METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "ls": lambda: bilb.linear_scalarization(),
+    "bilb4mtl": lambda: bilb.chain(
+        bilb.log_scale_by_initial_loss(),
+        bilb.bilb4mtl(PENALTY, divisor="stop_gradient_sum", optimizer=optax.adam(LEARNING_RATE)),
+    ),
+    "uw": lambda: bilb.uncertainty_weighting(optimizer=optax.adam(LEARNING_RATE)),
+    "famo": lambda: bilb.famo(gamma=1e-3),
+    "mgda": lambda: bilb.mgda(),
+    "cagrad": lambda: bilb.cagrad(c=0.4),
+    "pcgrad": lambda: bilb.pcgrad(),
+    "imtl_g": lambda: bilb.imtl_g(),
+    "aligned_mtl": lambda: bilb.aligned_mtl(),
+    "upgrad": lambda: bilb.upgrad(),
+}
+OPPONENTS = ("torch", "compiled", "torchjd")
+Step = Callable[[], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Compares training steps of bilb with those of PyTorch."""
+
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Methods to compare."""
+    num_tasks: tuple[int, ...] = (40,)
+    """Numbers of tasks K."""
+    inputs: int = 128
+    """Inputs of the model."""
+    width: int = 512
+    """Width of the model's hidden layers."""
+    depth: int = 3
+    """Number of the model's hidden layers."""
+    batch_size: int = 256
+    """Examples per training step."""
+    rounds: int = 21
+    """Timed rounds."""
+    steps: int = 5
+    """Steps of each opponent in a round."""
+    memory: bool = True
+    """Also measure peak memory, each in a process of its own."""
+    of: str | None = None
+    """Only print the peak memory of one step in this process, such as bilb:mgda."""
+    output: Path = Path("outputs/side_by_side")
+    """Folder for the tables and the numbers."""
+
+    def mistake(self) -> str | None:
+        """Says what is wrong with the options, if anything."""
+        unknown = [name for name in self.methods if name not in METHODS]
+        if unknown or not self.methods:
+            return f"unknown method {', '.join(unknown)}; choose from: {', '.join(METHODS)}"
+        if min(self.rounds, self.steps, *self.num_tasks) < 1:
+            return "--rounds, --steps and --num-tasks must be at least 1"
+        return None
+
+
+class Problem:
+    """Parameters and a batch as NumPy arrays, the same for both libraries."""
+
+    def __init__(self, options: Options, num_tasks: int):
+        """Draws them."""
+        rng = np.random.default_rng(0)
+        sizes = [options.inputs, *[options.width] * options.depth, num_tasks]
+        draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+        self.kernels = [draw(n, m) * np.float32(n**-0.5) for n, m in itertools.pairwise(sizes)]
+        self.inputs = draw(options.batch_size, options.inputs)
+        # Scales of the tasks that differ, so that weights have something to do.
+        self.targets = draw(options.batch_size, num_tasks) * np.geomspace(
+            0.3, 3, num_tasks, dtype=np.float32
+        )
+
+
+class BilbStep:
+    """A jitted training step of bilb; calling it takes one and returns the losses before it."""
+
+    def __init__(self, method: str, problem: Problem):
+        """Compiles nothing yet."""
+
+        def task_losses(params, inputs, targets):
+            *hidden, heads = params
+            for kernel in hidden:
+                inputs = jax.nn.relu(inputs @ kernel)
+            return jnp.mean((inputs @ heads - targets) ** 2, axis=0)
+
+        value_and_grad = bilb.value_and_grad(
+            task_losses, METHODS[method](), gram=bilb.grams.stacked()
+        )
+        optimizer = optax.adam(LEARNING_RATE)
+
+        def step(params, opt_state, state, *batch):
+            losses, gradient, state = value_and_grad(params, state, *batch)
+            updates, opt_state = optimizer.update(gradient, opt_state, params)
+            params = optax.apply_updates(params, updates)
+            return params, opt_state, value_and_grad.after(params, state, *batch), losses
+
+        self.step = jax.jit(step, donate_argnums=(0, 1, 2))
+        params = [jnp.array(kernel) for kernel in problem.kernels]
+        self.batch = jnp.array(problem.inputs), jnp.array(problem.targets)
+        self.carry = params, optimizer.init(params), value_and_grad.init(params, *self.batch)
+
+    def __call__(self) -> np.ndarray:
+        """Takes a step, and waits for it."""
+        *self.carry, losses = self.step(*self.carry, *self.batch)
+        jax.block_until_ready(self.carry)
+        return np.asarray(losses)
+
+
+def make_step(kind: str, method: str, problem: Problem) -> Callable[[], np.ndarray] | None:
+    """Returns a step of bilb or of an opponent, None where the opponent has none of the method."""
+    if kind == "bilb":
+        return BilbStep(method, problem)
+    return torch_steps.make(kind, method, problem, learning_rate=LEARNING_RATE, penalty=PENALTY)
+
+
+def time_rounds(
+    steps: dict[str, Callable[[], Any]], rounds: int, number: int
+) -> dict[str, list[float]]:
+    """Returns seconds per step of each in every round; the order turns from round to round."""
+    for step in steps.values():
+        for _ in range(3):
+            step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for turn in range(rounds):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            start = time.perf_counter()
+            for _ in range(number):
+                steps[name]()
+            seconds[name].append((time.perf_counter() - start) / number)
+    return seconds
+
+
+def ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:
+    """Returns the median over the rounds of the ratio of two times."""
+    return statistics.median(a / b for a, b in zip(seconds, reference))
+
+
+def resident(field: str) -> float:
+    """Returns a field of this process's status in MiB: VmRSS or VmHWM, the peak."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 1024
+
+
+def peak_memory(kind: str, method: str, options: Options) -> float:
+    """Returns the peak of resident memory in MiB that steps need, in this process."""
+    problem = Problem(options, options.num_tasks[0])
+    if kind != "bilb":
+        torch_steps.load()
+    before = resident("VmRSS")
+    step = make_step(kind, method, problem)
+    for _ in range(3):
+        step()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again at VmRSS
+    compiled = resident("VmRSS")
+    for _ in range(5):
+        step()
+    # What the compiler left behind is no memory of the step: the resident parameters and states
+    # are counted by their size.
+    held = sum(kernel.nbytes for kernel in problem.kernels) * 3 / 2**20
+    return held + max(0.0, resident("VmHWM") - max(compiled, before + held))
+
+
+def peak_in_a_process(kind: str, method: str, num_tasks: int, options: Options) -> float:
+    """Returns the peak memory, measured in a process that does nothing else."""
+    sizes = ("inputs", "width", "depth", "batch_size")
+    flags = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in sizes]
+    command = [sys.executable, __file__, "--of", f"{kind}:{method}", *flags]
+    command += ["--num-tasks", str(num_tasks)]
+    # Freed blocks go back to the system at once, so that resident memory is memory in use.
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(num_tasks: int, options: Options) -> Iterator[dict[str, Any]]:
+    """Yields the numbers of every method, opponents as far as they have it."""
+    for method in options.methods:
+        problem = Problem(options, num_tasks)
+        made = {kind: make_step(kind, method, problem) for kind in ("bilb", *OPPONENTS)}
+        steps = {kind: step for kind, step in made.items() if step is not None}
+        losses = {kind: [step() for _ in range(3)][-1] for kind, step in steps.items()}
+        apart = {
+            kind: float(np.abs(of / losses["bilb"] - 1).max())
+            for kind, of in losses.items()
+            if kind != "bilb"
+        }
+        if method != "ls":
+            steps["ls"] = BilbStep("ls", problem)
+        seconds = time_rounds(steps, options.rounds, options.steps)
+        memory = {}
+        if options.memory:
+            memory = {kind: peak_in_a_process(kind, method, num_tasks, options) for kind in losses}
+        yield {
+            "problem": "perceptron",
+            "num_tasks": num_tasks,
+            "method": method,
+            "steps_per_second": {kind: 1 / statistics.median(of) for kind, of in seconds.items()},
+            "time_over_bilb": {kind: ratio(of, seconds["bilb"]) for kind, of in seconds.items()},
+            "time_over_ls": ratio(seconds["bilb"], seconds.get("ls", seconds["bilb"])),
+            "peak_mib": memory,
+            "apart": apart,
+        }
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """Returns the numbers in Markdown."""
+    head = ["K", "method", "bilb, steps/s", "bilb / its LS"]
+    head += [f"{kind}: time / bilb's" for kind in OPPONENTS]
+    head += ["bilb, peak MiB", *(f"{kind}: peak / bilb's" for kind in OPPONENTS), "losses apart"]
+    cells = []
+    for of in found:
+        time_of, memory = of["time_over_bilb"], of["peak_mib"]
+        own = memory.get("bilb", math.nan)
+        cells.append(
+            [
+                str(of["num_tasks"]),
+                of["method"],
+                f"{of['steps_per_second']['bilb']:.0f}",
+                f"{of['time_over_ls']:.3f}",
+                *(f"{time_of[kind]:.2f}" if kind in time_of else "" for kind in OPPONENTS),
+                f"{own:.0f}" if memory else "",
+                *(f"{memory[kind] / own:.2f}" if kind in memory else "" for kind in OPPONENTS),
+                f"{max(of['apart'].values(), default=0.0):.0e}",
+            ]
+        )
+    return report.markdown([head, *cells])
+
+
+def main(options: Options) -> None:
+    """Compares and writes table and numbers."""
+    if mistake := options.mistake():
+        sys.exit(f"error: {mistake}")
+    if options.of:
+        kind, method = options.of.split(":")
+        print(json.dumps(peak_memory(kind, method, options)))
+        return
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "side_by_side.jsonl"
+    for num_tasks in options.num_tasks:
+        known = {(of["num_tasks"], of["method"]) for of in protocol.read(path)}
+        left = tuple(method for method in options.methods if (num_tasks, method) not in known)
+        for of in compare(num_tasks, dataclasses.replace(options, methods=left)):
+            protocol.append(path, [of])
+            print(json.dumps(of), flush=True)
+    found = sorted(protocol.read(path), key=lambda of: of["num_tasks"])
+    model = (
+        f"A perceptron of {options.depth} hidden layers of {options.width} units, "
+        f"{options.inputs} inputs, batches of {options.batch_size}; jax {jax.__version__}, "
+        f"{torch_steps.versions()}; {jax.default_backend().upper()}."
+    )
+    text = f"# Training steps beside PyTorch's\n\n{model}\n\n{table(found)}"
+    print(text)
+    (options.output / "side_by_side.md").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

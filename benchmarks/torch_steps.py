@@ -1,0 +1,130 @@
+"""Training steps in PyTorch for side_by_side.py: from the methods' formulas, and with TorchJD.
+
+PyTorch is imported when the first step is made, so that the processes that measure bilb's memory do
+without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+#: TorchJD's classes of the methods that aggregate a Jacobian.
+TORCHJD = {
+    "mgda": lambda t: t.MGDA(),
+    "cagrad": lambda t: t.CAGrad(c=0.4),
+    "pcgrad": lambda t: t.PCGrad(),
+    "imtl_g": lambda t: t.IMTLG(),
+    "aligned_mtl": lambda t: t.AlignedMTL(),
+    "upgrad": lambda t: t.UPGrad(),
+}
+
+
+def load() -> Any:
+    """Imports PyTorch and TorchJD."""
+    import torch
+    import torchjd.aggregation
+    import torchjd.autojac
+
+    return torch, torchjd
+
+
+def versions() -> str:
+    """Returns the versions of both libraries."""
+    import importlib.metadata as installed
+
+    return ", ".join(f"{name} {installed.version(name)}" for name in ("torch", "torchjd"))
+
+
+def task_losses(params: list[Any], inputs: Any, targets: Any) -> Any:
+    """Returns the mean squared errors (K,)."""
+    *hidden, heads = params
+    for kernel in hidden:
+        inputs = (inputs @ kernel).relu()
+    return ((inputs @ heads - targets) ** 2).mean(0)
+
+
+def make(
+    kind: str, method: str, problem: Any, *, learning_rate: float, penalty: float
+) -> Callable[[], np.ndarray] | None:
+    """Returns a step that trains and gives the losses before it, None if there is none.
+
+    Args:
+        kind: ``torch``, ``compiled`` or ``torchjd``.
+        method: the method's name.
+        problem: its ``kernels``, ``inputs`` and ``targets`` are NumPy arrays.
+        learning_rate: of Adam, for the model and what a method learns (FAMO has its own).
+        penalty: of BiLB4MTL.
+    """
+    torch, torchjd = load()
+    params = [torch.tensor(kernel, requires_grad=True) for kernel in problem.kernels]
+    batch = torch.tensor(problem.inputs), torch.tensor(problem.targets)
+    adam = lambda params, rate=learning_rate, **more: torch.optim.Adam(params, lr=rate, **more)
+    if kind == "torchjd":
+        if method not in TORCHJD:
+            return None
+        aggregator = TORCHJD[method](torchjd.aggregation)
+        optimizer = adam(params, fused=True)
+
+        def step():
+            losses = task_losses(params, *batch)
+            torchjd.autojac.backward(losses)
+            torchjd.autojac.jac_to_grad(params, aggregator)
+            optimizer.step()
+            optimizer.zero_grad()
+            return losses.detach().numpy()
+
+        return step
+    num_tasks = problem.targets.shape[1]
+    own = {
+        "ls": None,
+        "bilb4mtl": torch.ones(num_tasks),  # the router's logits W
+        "uw": torch.zeros(num_tasks),  # the log variances s
+        "famo": torch.zeros(num_tasks),  # the logits xi
+    }
+    if method not in own:
+        return None
+    learnt = own[method]
+    initial = [task_losses(params, *batch).detach()]
+
+    def objective():
+        losses = task_losses(params, *batch)
+        if method == "ls":
+            return losses.sum(), losses
+        if method == "bilb4mtl":
+            weights = learnt.sigmoid()
+            u = weights * (losses / initial[0]).log()
+            gaps = (u[1:] - u[:-1]).abs().sum()
+            return u.sum() / weights.sum().detach() + penalty * gaps, losses
+        if method == "uw":
+            return 0.5 * ((-learnt).exp() * losses + learnt).sum(), losses
+        z = learnt.softmax(0)
+        d = losses + 1e-8
+        return (z * d.log()).sum() / (z / d).sum().detach(), losses
+
+    forward = torch.compile(objective) if kind == "compiled" else objective
+    losses_of = lambda: task_losses(params, *batch)
+    losses_of = torch.compile(losses_of) if kind == "compiled" else losses_of
+    groups = [*params]
+    if method in ("bilb4mtl", "uw"):
+        learnt.requires_grad_(True)
+        groups.append(learnt)
+    optimizer = adam(groups, fused=True)
+    of_logits = adam([learnt], 0.025, weight_decay=1e-3) if method == "famo" else None
+
+    def step():
+        optimizer.zero_grad()
+        value, losses = forward()
+        value.backward()
+        optimizer.step()
+        if of_logits is not None:
+            with torch.no_grad():
+                change = (losses + 1e-8).log() - (losses_of() + 1e-8).log()
+                z = learnt.softmax(0)
+                learnt.grad = z * (change - z @ change)
+                of_logits.step()
+        return losses.detach().numpy()
+
+    return step

