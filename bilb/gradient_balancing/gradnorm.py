@@ -1,11 +1,4 @@
-"""GradNorm, arXiv 1711.02257: learns weights such that all tasks train at similar rates.
-
-With the gradient norms ``n_k = w_k ‖∇l_k‖`` of the weighted losses on the shared layer and the
-relative training rates ``r_k = (l_k / L_k) / mean_j (l_j / L_j)``, L the initial losses:
-
-* the model minimises ``Σ_k w_k l_k``
-* the weights minimise ``Σ_k |n_k - sg(mean_j n_j · r_k^α)|``
-"""
+"""GradNorm, arXiv 1711.02257: learns weights such that all tasks train at similar rates."""
 
 from __future__ import annotations
 
@@ -36,9 +29,15 @@ def gradnorm(
     *,
     warmup_steps: int | jax.Array = 1,
     scheme: Literal["softmax", "sum"] = "softmax",
-    optimizer: optax.GradientTransformation = optax.adam(0.025),
+    optimizer: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Learns weights that pull the tasks' gradient norms to a common size and training rate.
+
+    With the gradient norms ``n_k = w_k ‖∇l_k‖`` of the weighted losses on the shared layer and the
+    relative training rates ``r_k = (l_k / L_k) / mean_j (l_j / L_j)``, L the initial losses:
+
+    * the model minimises ``Σ_k w_k l_k``
+    * the weights minimise ``Σ_k |n_k - sg(mean_j n_j · r_k^α)|``
 
     ``update`` needs the extra argument ``gradient_norms`` (K,): the norms ‖∇l_k‖ of the losses as
     the model returns them, not yet weighted, with respect to the parameters that the tasks share
@@ -64,7 +63,7 @@ def gradnorm(
             paper's first loss; LibMTL: the updates of one epoch.
         scheme: "softmax", ``w = K softmax(s)`` as in LibMTL, or "sum", the paper's weights that are
             learnt themselves and divided by their mean after each update (kept above 1e-6 before).
-        optimizer: Optax optimiser of the scales; default Adam at 0.025.
+        optimizer: Optax optimiser of the scales; Adam at 0.025 if None.
 
     Returns:
         A loss transformation whose state has the fields ``step``, ``weights`` (K,), ``scales``
@@ -92,8 +91,9 @@ def gradnorm(
         Chen et al., *GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep Multitask
         Networks*, arXiv 1711.02257, Algorithm 1.
     """
+    optimizer = checks.optimizer("optimizer", optimizer, optax.adam(0.025))
     checks.number("alpha", alpha, minimum=0, schedule=True)
-    checks.number("warmup_steps", warmup_steps, minimum=1)
+    checks.number("warmup_steps", warmup_steps, minimum=1, whole=True)
     if scheme not in ("softmax", "sum"):
         raise ValueError(f'scheme must be "softmax" or "sum"; got {scheme!r}.')
 
