@@ -1,8 +1,61 @@
-"""Multi-task learning for JAX, written the way Optax is written."""
+"""Multi-task learning for JAX, written the way Optax is written.
+
+A *balancer* decides how much each of K task losses counts at a step. It is an Optax transformation
+of the vector of losses, and ``value_and_grad`` drives it with one weighted backward pass::
+
+    balancer = bilb.chain(bilb.log_losses(), bilb.bilb4mtl())
+    value_and_grad = bilb.value_and_grad(task_losses, balancer)
+    state = value_and_grad.init(params, *batch)
+    losses, grads, state = value_and_grad(params, state, *batch)     # grads go to any optimiser
+
+``help`` of each name says formula, arguments with shapes and defaults, errors, an example and the
+source.
+
+Drivers
+    value_and_grad                  weighs the losses before one backward pass
+    representation_value_and_grad   the same, task gradients taken at a shared representation
+    aggregate_by                    weighs task gradients, first link of an optimiser's chain
+    task_gradients, linearize       the derivatives by hand
+    names                           losses in a dict: what is given and returned by task name
+
+Normalisations, links in front of a method; chain joins links
+    log_losses, power_losses, divide_by, scale_by_initial_loss, scale_by_initial_ratio,
+    log_scale_by_initial_loss, pmean_losses; skip_nonfinite wraps a method
+
+Rung 1, methods that read the losses: no extra cost
+    bilb4mtl (with routers, discrepancies), igb_v1, igb_v2, linear_scalarization, rlw, dwa,
+    uncertainty_weighting, imtl_l, geometric_mean, stch, stch_nadir, pbi, cosmos, softadapt,
+    relobralo, self_adaptive
+
+Rung 2, losses and their slopes along the step: one forward pass
+    marigold (with lower_levels, adagrad_norm; how: slopes), famo
+
+Rung 3, the Gram matrix of the task gradients, or their norms: K backward passes, or an estimate
+for one forward pass (how: grams)
+    mgda, upgrad, dualproj, cagrad, nash_mtl, fairgrad, pcgrad, gradvac, imtl_g, aligned_mtl,
+    config, sdmgrad, modo, pcd, krum, gradnorm, lr_annealing, ntk_weights (how: curvatures);
+    cr_mogm smooths the weights of any method
+
+Rung 4, the task gradients themselves: first link of an optimiser's chain
+    graddrop, moco, db_mtl, excess_mtl, trimmed_mean
+
+Whole training steps, which evaluate the model themselves (TrainingStep)
+    bilb4mtl_double_loop; with validation data auto_lambda, moml, forum
+
+Beside them
+    presets                         the papers' experiments as ready chains
+    metrics, plots                  what came out of it, in numbers and figures
+    loss_transformation             a method of your own; Router, a router of your own
+    MissingArgument                 an extra argument that a method cannot work without
+
+The states are NamedTuples named after what they belong to: BiLB4MTLState, ValueAndGradState, ...
+"""
 
 from bilb import curvatures as curvatures
 from bilb import grams as grams
 from bilb import metrics as metrics
+from bilb import names as names
+from bilb import plots as plots
 from bilb import presets as presets
 from bilb import slopes as slopes
 from bilb.arguments import MissingArgument as MissingArgument

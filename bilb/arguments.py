@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -72,6 +75,27 @@ ABOUT_LOSSES = {
         f"parameters; {_DRIVERS}",
     ),
 }
+
+
+_NOTED: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar("noted", default=None)
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[set[str]]:
+    """Collects the names of the extra arguments that the links which are called inside read."""
+    names: set[str] = set()
+    token = _NOTED.set(names)
+    try:
+        yield names
+    finally:
+        _NOTED.reset(token)
+
+
+def note(names: Iterable[str]) -> None:
+    """Tells a driver that asks for it which extra arguments a link reads."""
+    noted = _NOTED.get()
+    if noted is not None:
+        noted.update(names)
 
 
 def missing(argument: str, method: str) -> MissingArgument:

@@ -36,8 +36,8 @@ class TrainingStep(NamedTuple):
 
     Attributes:
         init: ``state = init(params, *args)``.
-        update: ``params, state, losses = update(params, state, *args)``, with the losses (K,)
-            before the step.
+        update: ``params, state, losses = update(params, state, *args)``, with the losses before
+            the step, as ``task_losses`` returns them.
     """
 
     init: Callable[..., PyTree]
@@ -110,6 +110,7 @@ def loss_transformation(
     """
     parameters = inspect.signature(update).parameters.values()
     names = {p.name for p in parameters}
+    named = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     required = [
         p.name
@@ -137,7 +138,8 @@ def loss_transformation(
         del params
         num_tasks, loss_dtype = checks.losses(losses)
         dtype = at_least_float32(loss_dtype)
-        checks.state(state, specification(num_tasks, dtype), num_tasks)
+        arguments.note(("mask", *reads, *(named - _OWN)))
+        checks.state(state, specification(num_tasks, dtype), num_tasks, name)
         for needed in (*reads, *required):
             if extra.get(needed) is None:
                 raise arguments.missing(needed, name)
@@ -171,6 +173,10 @@ def loss_transformation(
         return balanced.astype(loss_dtype), jax.tree.map(like, new_state, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+#: Parameters of a method's update that are not the user's to give.
+_OWN = {"losses", "state", "taught", "statistics_of"}
 
 
 def shapes_of(init: Callable[[int, Any], PyTree]) -> Callable[[int, Any], PyTree]:
@@ -302,7 +308,7 @@ def as_link(balancer: optax.GradientTransformation) -> optax.GradientTransformat
     if not isinstance(balancer, optax.GradientTransformation):
         raise TypeError(
             "a balancer is an optax.GradientTransformation of the losses, such as "
-            f"bilb.bilb4mtl(); got {balancer!r}."
+            f"bilb.bilb4mtl(); got {balancer!r}.{checks.uncalled(balancer)}"
         )
     balancer = optax.with_extra_args_support(balancer)
     required = [
@@ -314,12 +320,26 @@ def as_link(balancer: optax.GradientTransformation) -> optax.GradientTransformat
         return balancer
 
     def update_fn(losses, state, params=None, **extra):
+        arguments.note(required)
         for name in required:
             if extra.get(name) is None:
                 raise arguments.missing(name, name_of(balancer.update))
         return balancer.update(losses, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(balancer.init, update_fn)
+
+
+def refuse_optimizer(state: PyTree) -> None:
+    """Raises TypeError for the state of an optimiser, such as Adam, where a balancer's belongs."""
+    if type(state) is tuple:
+        for part in state:
+            refuse_optimizer(part)
+    elif {"mu", "nu", "trace"} & {*getattr(state, "_fields", ())}:
+        raise TypeError(
+            f"a balancer transforms losses, but this is an optimiser, of {type(state).__name__}: "
+            "give a method such as bilb.bilb4mtl(), and the gradients that value_and_grad returns "
+            "to the optimiser."
+        )
 
 
 def present(losses: Array, mask: Array | None) -> Array:
@@ -400,6 +420,7 @@ def at_least(losses: Array, floor: Any) -> Array:
 
 def as_key(key: int | Array) -> Array:
     """Returns a new typed JAX key from a seed, a raw key or a typed key."""
+    checks.key(key)
     if isinstance(key, int) or (jnp.ndim(key) == 0 and jnp.issubdtype(key.dtype, jnp.integer)):
         return jax.random.key(key)
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):

@@ -92,12 +92,14 @@ def chain(*links: optax.GradientTransformation) -> optax.GradientTransformationE
         num_tasks, dtype = checks.losses(losses)
         zeros = jnp.zeros(num_tasks, base.at_least_float32(dtype))
         states = tuple(link.init(zeros) for link in links)
+        base.refuse_optimizer(states)
         asked = [base.asked(link, state, zeros) for link, state in zip(links, states)]
         kept = tuple(_first_kept(asked[i], states[:i], zeros) for i in range(len(links)))
         return ChainState(states, kept)
 
     def update_fn(losses, /, state, params=None, *, mask=None, **extra):
         num_tasks, dtype = checks.losses(losses)
+        arguments.note(("mask",))
         if not isinstance(state, ChainState) or len(state.links) != len(links):
             raise ValueError(
                 f"the state does not belong to this chain of {len(links)} links: got a "

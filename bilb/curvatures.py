@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base, checks, grams, jacobian
+from bilb import base, checks, grams, jacobian, names
 
 #: ``(task_losses, params, *args, shared=True, step=0) -> (K,)``
 Curvatures = Callable[..., jax.Array]
@@ -47,10 +47,11 @@ def probe(probes: int = 1, key: int | jax.Array = 0) -> Curvatures:
     References:
         Hutchinson, *A stochastic estimator of the trace of the influence matrix*, 1989.
     """
-    checks.number("probes", probes, minimum=1)
+    checks.number("probes", probes, minimum=1, whole=True, static=True)
+    checks.key(key)
 
     def curvatures(task_losses, params, *args, shared=True, step=0):
-        losses = lambda p: task_losses(p, *args)
+        losses = lambda p: names.stack(task_losses(p, *args))
 
         def along(direction):
             slopes = lambda p: jax.jvp(losses, (p,), (direction,))[1]
@@ -97,16 +98,17 @@ def tangent_kernel(
         Wang et al., *When and why PINNs fail to train: A neural tangent kernel perspective*,
         arXiv 2007.14527.
     """
-    checks.number("probes", probes, minimum=1)
-    checks.number("chunk_size", chunk_size, minimum=1)
+    checks.number("probes", probes, minimum=1, whole=True, static=True, optional=True)
+    checks.number("chunk_size", chunk_size, minimum=1, whole=True, static=True, optional=True)
+    checks.key(key)
 
     def curvatures(task_losses, params, *args, shared=True, step=0):
         del task_losses
         of_params = lambda p: [jnp.ravel(r) for r in residuals(_held(p, shared), *args)]
 
         def exact(k):
-            at = jacobian.linearize(lambda p: of_params(p)[k], params)
-            norms = grams.norms_of_linearization(jacobian.Linearization(*at), chunk_size)
+            at = jacobian.linearized(lambda p: of_params(p)[k], params)
+            norms = grams.norms_of_linearization(at, chunk_size)
             return jnp.mean(norms**2)
 
         def along(direction):

@@ -42,7 +42,7 @@ def exact(chunk_size: int | None = None) -> Exact:
         [[20.  2.]
          [ 2.  1.]]
     """
-    checks.number("chunk_size", chunk_size, minimum=1)
+    checks.number("chunk_size", chunk_size, minimum=1, whole=True, static=True, optional=True)
     return Exact(chunk_size)
 
 
@@ -68,7 +68,7 @@ def stacked(chunk_size: int | None = None) -> Stacked:
         [[20.  2.]
          [ 2.  1.]]
     """
-    checks.number("chunk_size", chunk_size, minimum=1)
+    checks.number("chunk_size", chunk_size, minimum=1, whole=True, static=True, optional=True)
     return Stacked(chunk_size)
 
 
@@ -105,7 +105,7 @@ def sketch(probes: int = 1, key: int | jax.Array = 0) -> Sketch:
     References:
         Hutchinson, *A stochastic estimator of the trace of the influence matrix*, 1989.
     """
-    checks.number("probes", probes, minimum=1)
+    checks.number("probes", probes, minimum=1, whole=True, static=True)
     return Sketch(probes, base.as_key(key))
 
 
@@ -131,7 +131,7 @@ class Engine:
             step: the number of the call, which random estimates draw by.
         """
         if at is None:
-            at = jacobian.Linearization(*jacobian.linearize(task_losses, params, *args))
+            at = jacobian.linearized(task_losses, params, *args)
         return self.of(at, params, step)
 
     def of(

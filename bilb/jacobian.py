@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base, checks
+from bilb import base, checks, names
 
 
 class Linearization(NamedTuple):
@@ -39,13 +39,15 @@ def linearize(
     models with a ``jax.custom_vjp`` work if its backward rule is linear in JAX operations.
 
     Args:
-        task_losses: ``task_losses(params, *args) -> losses (K,)``, or ``(losses, aux)``.
+        task_losses: ``task_losses(params, *args) -> losses``, (K,) or a dict, list or tuple of
+            scalars, or ``(losses, aux)``.
         params: pytree of floating point arrays.
         *args: passed on, not differentiated.
         has_aux: whether ``task_losses`` returns auxiliary data, such as new batch statistics.
 
     Returns:
-        ``(losses, pullback, pushforward)``, or ``((losses, aux), pullback, pushforward)``:
+        ``(losses, pullback, pushforward)``, or ``((losses, aux), pullback, pushforward)``, the
+        losses as ``task_losses`` returns them and the maps for vectors in their order:
         ``pullback(w (K,))`` is ``Jᵀ w``, shaped like ``params``; ``pushforward(direction)`` is
         ``J direction`` (K,), the slopes of all losses along a direction shaped like ``params``.
         Slopes of losses in half precision are float32.
@@ -62,12 +64,49 @@ def linearize(
         >>> print(losses, direction, pushforward(direction))
         [5. 1.] [1.5 2. ] [11.   1.5]
     """
-    (losses, _), aux, pull, push = linearize_with_features(
-        lambda p: _separate(task_losses(p, *args), has_aux), params
-    )
+    at, losses, aux = _linearized(task_losses, params, args, has_aux)
+    return ((losses, aux) if has_aux else losses), at.pullback, at.pushforward
+
+
+def linearized(task_losses: Callable[..., Any], params: base.PyTree, *args: Any) -> Linearization:
+    """Linearises the model as :func:`linearize` does; its losses are a vector in any case."""
+    return _linearized(task_losses, params, args, False)[0]
+
+
+def _linearized(task_losses, params, args, has_aux):
+    def outputs(params):
+        vector, losses, aux = outputs_of(task_losses(params, *args), has_aux)
+        return (vector, None), (losses, aux)
+
+    (vector, _), (losses, aux), pull, push = linearize_with_features(outputs, params)
     pullback = lambda weights: pull((weights, None))
     pushforward = lambda direction: push(direction)[0]
-    return ((losses, aux) if has_aux else losses), pullback, pushforward
+    return Linearization(vector, pullback, pushforward), losses, aux
+
+
+def outputs_of(returned: Any, has_aux: bool) -> tuple[jax.Array, Any, Any]:
+    """Returns the stacked losses (K,), the losses as they are and aux of what task_losses returned.
+
+    Raises:
+        TypeError: if there is no aux where ``has_aux`` says so.
+        ValueError: for what is neither a vector nor a flat pytree of scalars.
+    """
+    if not has_aux:
+        return names.stack(returned), returned, None
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        shape = f" of shape {jnp.shape(returned)}" if hasattr(returned, "shape") else ""
+        kind = "an array" if shape else f"a {type(returned).__name__}"
+        raise TypeError(
+            f"with has_aux=True task_losses must return (losses, aux); got {kind}{shape}. Leave "
+            "has_aux out, or return (losses, None)."
+        )
+    losses, aux = returned
+    if jax.tree_util.all_leaves([losses]) and jnp.ndim(losses) == 0:
+        raise ValueError(
+            "with has_aux=True task_losses must return (losses, aux), all losses in the first; the "
+            "first of two is one number. Leave has_aux out if both are losses."
+        )
+    return names.stack(losses), losses, aux
 
 
 def linearize_with_features(
@@ -80,6 +119,7 @@ def linearize_with_features(
         ``((losses, features), aux, pullback, pushforward)``, the maps from and to cotangents and
         tangents of ``(losses, features)``.
     """
+    checks.parameters(params)
     values, vjp, aux = jax.vjp(outputs, params, has_aux=True)
     checks.losses(values[0])
     half = values[0].dtype.itemsize < 4
@@ -102,23 +142,27 @@ def linearize_with_features(
 
 
 def task_gradients(
-    task_losses: Callable[..., jax.Array],
+    task_losses: Callable[..., Any],
     params: base.PyTree,
     *args: Any,
+    has_aux: bool = False,
     chunk_size: int | None = None,
-) -> tuple[jax.Array, base.PyTree]:
+) -> tuple[Any, base.PyTree]:
     """Returns the losses and the gradient of each of them, stacked.
 
     Args:
-        task_losses: ``task_losses(params, *args) -> losses (K,)``.
+        task_losses: ``task_losses(params, *args) -> losses``, (K,) or a dict, list or tuple of
+            scalars, or ``(losses, aux)``.
         params: pytree of floating point arrays.
         *args: passed on: the batch.
+        has_aux: whether ``task_losses`` returns auxiliary data, such as new batch statistics.
         chunk_size: how many backward passes run at once; all if None. The memory that they need
             beside the result grows with it; static.
 
     Returns:
-        ``(losses (K,), task_gradients)``, the latter shaped like ``params`` with one more axis of
-        length K in front of every leaf.
+        ``(losses, task_gradients)`` or ``((losses, aux), task_gradients)``, the losses as
+        ``task_losses`` returns them, the gradients shaped like ``params`` with one more axis of
+        length K in front of every leaf, in the order of ``jax.tree.leaves(losses)``.
 
     Raises:
         ValueError: if the losses are not one vector (K,), or for a ``chunk_size`` below 1.
@@ -131,9 +175,10 @@ def task_gradients(
         [5. 1.] [[2. 4.]
          [1. 0.]]
     """
-    checks.number("chunk_size", chunk_size, minimum=1)
-    losses, pullback, _ = linearize(task_losses, params, *args)
-    return losses, rows(pullback, losses, chunk_size or losses.shape[0])
+    checks.number("chunk_size", chunk_size, minimum=1, whole=True, static=True, optional=True)
+    at, losses, aux = _linearized(task_losses, params, args, has_aux)
+    gradients = rows(at.pullback, at.losses, chunk_size or at.losses.shape[0])
+    return ((losses, aux) if has_aux else losses), gradients
 
 
 def rows(
@@ -200,8 +245,3 @@ def combine(weights: jax.Array, task_gradients: base.PyTree) -> base.PyTree:
         return jax.lax.cond(spoiled, left_out, lambda: whole).astype(gradients.dtype)
 
     return jax.tree.map(leaf, task_gradients)
-
-
-def _separate(returned, has_aux):
-    losses, aux = returned if has_aux else (returned, None)
-    return (losses, None), aux

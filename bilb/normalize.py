@@ -260,7 +260,7 @@ def log_scale_by_initial_loss(
     References:
         Xiao et al., arXiv 2502.08585, QM9 experiment of the official code.
     """
-    checks.number("every", every, minimum=1)
+    checks.number("every", every, minimum=1, whole=True, optional=True)
     checks.number("floor", floor, minimum=0, exclusive=True)
 
     def init(num_tasks, dtype):
@@ -322,6 +322,7 @@ def pmean_losses(axis_name: str | tuple[str, ...]) -> optax.GradientTransformati
     def update_fn(losses, /, state, params=None, *, mask=None, **extra):
         del params
         num_tasks, dtype = checks.losses(losses)
+        arguments.note(("mask",))
         arguments.refuse(extra, "pmean_losses")
         losses = jnp.asarray(losses, base.at_least_float32(dtype))
         present = base.present(losses, None if mask is None else checks.mask(mask, num_tasks))
@@ -371,6 +372,7 @@ def skip_nonfinite(
 
     def update_fn(losses, /, state, params=None, *, mask=None, **extra):
         num_tasks, _ = checks.losses(losses)
+        arguments.note(("mask",))
         losses = jnp.asarray(losses)
         mask = None if mask is None else checks.mask(mask, num_tasks)
         present = base.usable(losses, mask)

@@ -10,7 +10,7 @@ Needs matplotlib: ``pip install 'bilb[plots]'``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,9 +41,11 @@ def losses_over_time(
     """Draws the loss of each task over the steps of training.
 
     Args:
-        losses: (T, K) losses, or (seeds, T, K): their mean over seeds and a band.
+        losses: (T, K) losses, or (seeds, T, K): their mean over seeds and a band. By name, a dict
+            of (T,) or (seeds, T) arrays, or a list of what ``value_and_grad`` returned at each of T
+            steps: ``[{"segmentation": 0.3, "depth": 0.7}, ...]``.
         steps: (T,) step or epoch numbers. Default: 0 to T - 1.
-        names: K task names. Default: "task 1" to "task K".
+        names: K task names. Default: those of the values, or "task 1" to "task K".
         band: What the band over seeds shows, "range" from least to largest, or "sd", one standard
             deviation (divisor seeds - 1) to each side. A heat map shows the mean only.
         log: Whether the losses are on a logarithmic scale. Default: if all finite ones are positive
@@ -88,10 +90,10 @@ def weights_over_time(
     and compare across them: those of the sum of log losses, say, are 1 / l.
 
     Args:
-        weights: (T, K) weights, or (seeds, T, K): their mean over seeds and a band. They may be
-            negative.
+        weights: (T, K) weights, or (seeds, T, K): their mean over seeds and a band; by name as in
+            :func:`losses_over_time`. They may be negative.
         steps: (T,) step or epoch numbers. Default: 0 to T - 1.
-        names: K task names. Default: "task 1" to "task K".
+        names: K task names. Default: those of the values, or "task 1" to "task K".
         band: What the band over seeds shows, "range" from least to largest, or "sd", one standard
             deviation (divisor seeds - 1) to each side. A heat map shows the mean only.
         log: Whether the weights are on a logarithmic scale. Default: if all finite ones are
@@ -346,6 +348,8 @@ class _History:
     """Values over time, checked and brought to the shape (seeds, T, K)."""
 
     def __init__(self, values, steps, names, what):
+        values, task_names = _by_name(values)
+        names = task_names if names is None else names
         self.values = np.asarray(values, dtype=np.float64)
         if self.values.ndim not in (2, 3) or 0 in self.values.shape:
             raise ValueError(f"{what} must be (T, K) or (seeds, T, K); got {self.values.shape}.")
@@ -462,6 +466,18 @@ def _names(names, number, argument, noun):
     if len(names) != number:
         raise ValueError(f"{argument} must have {number} entries; got {len(names)}.")
     return names
+
+
+def _by_name(values):
+    """Returns values by task name, or a list of such, as one array with the tasks last, and names.
+
+    The names are None where there are none.
+    """
+    if isinstance(values, Sequence) and values and all(isinstance(v, Mapping) for v in values):
+        values = {name: [step[name] for step in values] for name in values[0]}
+    if not isinstance(values, Mapping):
+        return values, None
+    return np.stack([np.asarray(v, np.float64) for v in values.values()], axis=-1), [*values]
 
 
 def _pairs(values, argument):

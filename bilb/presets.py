@@ -26,7 +26,7 @@ def bilb4mtl_cityscapes(
     *,
     num_features: int,
     clip: tuple[float, float] | None = (0.2, 0.8),
-    optimizer: optax.GradientTransformation = optax.adam(3e-4),
+    optimizer: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """BiLB4MTL on Cityscapes: raw losses, feature router, discrepancy of the unweighted losses.
 
@@ -34,7 +34,7 @@ def bilb4mtl_cityscapes(
         penalty: λ, default 0.1.
         num_features: width of the pooled shared features given as ``features=``.
         clip: bounds on the router's weights; K must leave room for them.
-        optimizer: of the router.
+        optimizer: of the router; Adam at 3e-4 if None.
 
     Returns:
         A loss transformation; see :func:`bilb.bilb4mtl` for errors and state.
@@ -50,7 +50,7 @@ def bilb4mtl_cityscapes(
         penalty,
         routers.linear_softmax(num_features, clip),
         weighted=False,
-        optimizer=optimizer,
+        optimizer=optax.adam(3e-4) if optimizer is None else optimizer,
     )
 
 
@@ -59,7 +59,7 @@ def bilb4mtl_nyuv2(
     *,
     num_features: int,
     clip: tuple[float, float] | None = (0.2, 0.8),
-    optimizer: optax.GradientTransformation = optax.adam(8e-5),
+    optimizer: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """BiLB4MTL on NYU-v2: losses at the level of the smallest, feature router, divided by Σσ.
 
@@ -67,7 +67,7 @@ def bilb4mtl_nyuv2(
         penalty: λ, default 0.05.
         num_features: width of the pooled shared features given as ``features=``.
         clip: bounds on the router's weights; K must leave room for them.
-        optimizer: of the router.
+        optimizer: of the router; Adam at 8e-5 if None.
 
     Returns:
         A chain of two loss transformations; see :func:`bilb.bilb4mtl` for errors and state.
@@ -85,19 +85,19 @@ def bilb4mtl_nyuv2(
             penalty,
             routers.linear_softmax(num_features, clip),
             divisor="sum",
-            optimizer=optimizer,
+            optimizer=optax.adam(8e-5) if optimizer is None else optimizer,
         ),
     )
 
 
 def bilb4mtl_celeba(
-    penalty: base.Scalar = 0.01, *, optimizer: optax.GradientTransformation = optax.adam(1e-3)
+    penalty: base.Scalar = 0.01, *, optimizer: optax.GradientTransformation | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """BiLB4MTL on CelebA: raw losses, sigmoid router, divided by Σσ held constant.
 
     Args:
         penalty: λ, default 0.01.
-        optimizer: of the router.
+        optimizer: of the router; Adam at 1e-3 if None.
 
     Returns:
         A loss transformation; see :func:`bilb.bilb4mtl` for errors and state.
@@ -121,7 +121,7 @@ def bilb4mtl_qm9(
     penalty: base.Scalar = 0.05,
     *,
     every: int | None,
-    optimizer: optax.GradientTransformation = optax.adam(1e-3),
+    optimizer: optax.GradientTransformation | None = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """BiLB4MTL on QM9: logarithm relative to each epoch's first losses, relu-sigmoid router.
@@ -130,7 +130,7 @@ def bilb4mtl_qm9(
         penalty: λ, default 0.05.
         every: updates per epoch, after which the initial losses are taken anew; None takes them
             once.
-        optimizer: of the router.
+        optimizer: of the router; Adam at 1e-3 if None.
         key: seed or JAX key of the router's initial parameters.
 
     Returns:
@@ -156,7 +156,7 @@ def bilb4mtl_qm9(
 
 def marigold_pinn(
     *,
-    optimizer: optax.GradientTransformation = optax.adam(0.025),
+    optimizer: optax.GradientTransformation | None = None,
     max_logit: base.Scalar = 6.0,
 ) -> optax.GradientTransformationExtraArgs:
     """MARIGOLD towards the Nash balance of root losses, for losses that can reach zero.
@@ -189,7 +189,7 @@ def marigold_pinn(
     that do not vanish where a task is solved: let the learning rate decay.
 
     Args:
-        optimizer: of the logits; default as in :func:`bilb.marigold`.
+        optimizer: of the logits; Adam at 0.025 if None.
         max_logit: bound on the logits.
 
     Returns:

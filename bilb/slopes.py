@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base, checks, jacobian
+from bilb import base, checks, jacobian, names
 
 
 def forward(
@@ -49,7 +49,7 @@ def forward(
         [2. 1.]
     """
     if at is None:
-        at = jacobian.Linearization(*jacobian.linearize(task_losses, params, *args))
+        at = jacobian.linearized(task_losses, params, *args)
     return at.pushforward(direction)
 
 
@@ -81,10 +81,10 @@ def finite_difference(
         [2.01 1.  ]
     """
     if not callable(displacement):
-        checks.number("displacement", displacement, minimum=0, exclusive=True)
+        checks.number("displacement", displacement, minimum=0, exclusive=True, optional=True)
 
     def slopes(task_losses, params, direction, *args, at=None):
-        losses = task_losses(params, *args) if at is None else at.losses
+        losses = names.stack(task_losses(params, *args)) if at is None else at.losses
         if losses.dtype.itemsize < 4:
             raise TypeError(
                 f"finite differences of {losses.dtype} losses round to zero: use "
@@ -96,6 +96,7 @@ def finite_difference(
         norm = optax.tree.norm(direction)
         mu = h / jnp.where(norm > 0, norm, 1.0)
         moved = jax.tree.map(lambda x, d: (x + mu * d).astype(x.dtype), params, direction)
-        return ((task_losses(moved, *args) - losses) / mu).astype(losses.dtype)
+        change = names.stack(task_losses(moved, *args)) - losses
+        return (change / mu).astype(losses.dtype)
 
     return slopes

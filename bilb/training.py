@@ -7,8 +7,10 @@ gradients that were computed anyway.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax.interpreters import partial_eval
 
-from bilb import arguments, base, checks, jacobian
+from bilb import arguments, base, checks, jacobian, names
 from bilb import curvatures as curvature_functions
 from bilb import grams as gram_engines
 from bilb import slopes as slope_functions
@@ -26,7 +28,7 @@ class ValueAndGradState(NamedTuple):
     """State of :func:`value_and_grad`."""
 
     step: jax.Array  # () int32
-    effective_weights: jax.Array  # (K,) ∂Φ/∂l of the call, whatever the balancer holds; 0 at first
+    effective_weights: base.PyTree  # ∂Φ/∂l of the call, like the losses; 0 at first
     balancer: optax.OptState
     slopes: jax.Array | None  # (K,) of the step just taken, None where the method reads none
     losses_after: jax.Array | None  # (K,) after the step just taken, None likewise
@@ -37,7 +39,7 @@ def value_and_grad(
     balancer: optax.GradientTransformation,
     has_aux: bool = False,
     features: Callable[[Any], base.PyTree] | None = None,
-    slopes: Callable[..., jax.Array] = slope_functions.forward,
+    slopes: Callable[..., jax.Array] | None = None,
     shared: base.PyTree = True,
     gram: gram_engines.Engine | None = None,
     axis_name: Any = None,
@@ -57,13 +59,16 @@ def value_and_grad(
     repair such a gradient afterwards.
 
     Args:
-        task_losses: ``task_losses(params, *args) -> losses (K,)``, or ``(losses, aux)``.
+        task_losses: ``task_losses(params, *args) -> losses``, a vector (K,) or a dict, list or
+            tuple of scalars, or ``(losses, aux)``. They come back as they are. Where they have
+            names, so have the state's ``effective_weights``, and ``mask=`` and what methods take
+            per task may be given by name (``bilb.names``).
         balancer: a loss transformation or a chain of them.
         has_aux: whether ``task_losses`` returns auxiliary data, such as new batch statistics.
         features: ``aux -> features``, the input of a router that reads features; needs
             ``has_aux``. The same backward pass covers losses and features. Features that should
             not be differentiated can be passed as ``features=`` at the call instead.
-        slopes: how slopes are taken: ``bilb.slopes.forward`` (exact) or
+        slopes: how slopes are taken: ``bilb.slopes.forward`` (exact, if None) or
             ``bilb.slopes.finite_difference(...)``. A model with dropout must get its key in
             ``*args``, so that both passes see the same one.
         shared: bools in a pytree prefix of ``params``, True for the parameters that tasks share.
@@ -110,8 +115,21 @@ def value_and_grad(
     if features is not None and not has_aux:
         raise ValueError("features= reads the auxiliary output: give has_aux=True as well.")
     jacobian.check_heads(heads)
+    slopes = slope_functions.forward if slopes is None else slopes
     gram = gram_engines.exact() if gram is None else gram
     curvatures = curvature_functions.probe() if curvatures is None else curvatures
+    for name, value, made_by in (
+        ("slopes", slopes, (slope_functions.finite_difference,)),
+        ("gram", gram, (gram_engines.exact, gram_engines.stacked, gram_engines.sketch)),
+        ("curvatures", curvatures, (curvature_functions.probe, curvature_functions.tangent_kernel)),
+    ):
+        if value in made_by:
+            raise TypeError(f"{name}= takes what this function returns.{checks.uncalled(value)}")
+    if not callable(task_losses):
+        raise TypeError(
+            f"task_losses must be a function (params, *args) -> losses; got {task_losses!r}. Call "
+            "bilb.value_and_grad(task_losses, balancer)."
+        )
     balancer = base.as_link(balancer)
     return ValueAndGrad(
         task_losses, balancer, has_aux, features, slopes, shared, gram, axis_name, heads, curvatures
@@ -135,16 +153,18 @@ class ValueAndGrad:
 
     def init(self, params: base.PyTree, *args: Any, **extra: Any) -> ValueAndGradState:
         """Returns the first state, from the shapes of the losses alone."""
-        (losses, features), _ = self._shapes(params, *args)
+        (losses, features), (named, _) = self._shapes(params, *args)
         num_tasks, dtype = checks.losses(losses)
         zeros = lambda: jnp.zeros(num_tasks, base.at_least_float32(dtype))
-        balancer = self.balancer.init(zeros())
         if self.features is not None:
             extra["features"] = features
-        asked = base.asked(self.balancer, balancer, losses, **extra)
+        with names.known(named):
+            balancer = self.balancer.init(zeros())
+            base.refuse_optimizer(balancer)
+            asked = base.asked(self.balancer, balancer, losses, **extra)
         return ValueAndGradState(
             step=base.new_step(),
-            effective_weights=zeros(),
+            effective_weights=names.unstack(zeros(), named),
             balancer=balancer,
             slopes=zeros() if "slopes" in asked else None,
             losses_after=zeros() if "losses_after" in asked else None,
@@ -160,7 +180,9 @@ class ValueAndGrad:
         **extra: Any,
     ) -> tuple[Any, base.PyTree, ValueAndGradState]:
         """Returns losses (and aux), the gradient of the objective, and the next state."""
-        (losses, features), aux, pullback, pushforward = jacobian.linearize_with_features(
+        _check_state(params, state)
+        _check_after(state)
+        (losses, features), (named, aux), pullback, pushforward = jacobian.linearize_with_features(
             lambda p: self._outputs(p, *args), params
         )
         # Weights are made in float32 at least, whatever the model computes in.
@@ -220,33 +242,45 @@ class ValueAndGrad:
             "curvatures": curvatures,
             "curvature_fn": lambda: curvatures,
         }
-        ((weights, of_features), balancer), asked = base.supply_missing(weigh, given, supply)
+        with names.known(named), arguments.noting() as read:
+            if given.get("mask") is not None:
+                given["mask"] = checks.mask(given["mask"], losses.shape[0])
+            ((weights, of_features), balancer), asked = base.supply_missing(weigh, given, supply)
+            read |= _keywords(self.balancer.update)
+            unread = [name for name in extra if extra[name] is not None and name not in read]
+            if unread:
+                _refuse_unread(unread, read, lambda extra: weigh({**asked, **extra}), extra)
         if of_rows and self.features is None and {"gram", "gradient_norms"} & {*asked}:
             combined = lambda weights: jacobian.combine(weights, rows())
         else:
             combined = lambda weights: self._mean(pullback((weights, of_features)))
-        grads = _with_heads(combined, weights, self.shared, self.heads, extra.get("mask"))
+        grads = _with_heads(combined, weights, self.shared, self.heads, given.get("mask"))
         like = lambda old, new: new.astype(old.dtype)
+        last_weights = names.stack(state.effective_weights)
         next_state = ValueAndGradState(
             step=optax.safe_increment(state.step),
-            effective_weights=like(state.effective_weights, _of_all_devices(weights, state)),
+            effective_weights=names.unstack(
+                like(last_weights, _of_all_devices(weights, last_weights)), named
+            ),
             balancer=balancer,
             slopes=None if state.slopes is None else like(state.slopes, slopes_along(grads)),
-            losses_after=state.losses_after,
+            # Not a number until the method `after` is called.
+            losses_after=None if state.losses_after is None else jnp.nan * state.losses_after,
         )
-        return ((losses, aux) if self.has_aux else losses), grads, next_state
+        return ((named, aux) if self.has_aux else named), grads, next_state
 
     def after(self, params: base.PyTree, state: ValueAndGradState, *args: Any) -> ValueAndGradState:
         """Takes the losses of the same batch after the optimiser's step, where they are read."""
+        _check_state(params, state)
         if state.losses_after is None:
             return state
-        losses = self._losses(params, *args)
-        return state._replace(losses_after=losses.astype(state.losses_after.dtype))
+        losses = self._losses(params, *args).astype(state.losses_after.dtype)
+        return state._replace(losses_after=jnp.where(jnp.isnan(losses), jnp.inf, losses))
 
     def _outputs(self, params, *args):
         returned = self.task_losses(params, *args)
-        losses, aux = returned if self.has_aux else (returned, None)
-        return (losses, None if self.features is None else self.features(aux)), aux
+        losses, named, aux = jacobian.outputs_of(returned, self.has_aux)
+        return (losses, None if self.features is None else self.features(aux)), (named, aux)
 
     def _shapes(self, params, *args):
         outputs = lambda params: self._outputs(params, *args)
@@ -260,7 +294,7 @@ class ValueAndGrad:
         return self._outputs(params, *args)[0][0]
 
     def _linearize(self, params, *args):
-        losses, pullback, pushforward = jacobian.linearize(self._losses, params, *args)
+        losses, pullback, pushforward = jacobian.linearized(self._losses, params, *args)
         return self._on_shared(losses, lambda weights: self._mean(pullback(weights)), pushforward)
 
     def _on_shared(self, losses, pullback, pushforward):
@@ -289,7 +323,8 @@ def representation_value_and_grad(
 
     Args:
         trunk: ``trunk(params, *args) -> z``, any pytree of floating point arrays.
-        heads_losses: ``heads_losses(params, z, *args) -> losses (K,)``, or ``(losses, aux)``.
+        heads_losses: ``heads_losses(params, z, *args) -> losses``, as :func:`value_and_grad` takes
+            them, or ``(losses, aux)``.
         balancer: a loss transformation or a chain of them.
         **options: ``has_aux``, ``features``, ``slopes``, ``gram``, ``axis_name`` and ``heads`` of
             :func:`value_and_grad`. With ``heads="sum"`` the parameters that ``heads_losses`` reads
@@ -337,6 +372,7 @@ class RepresentationValueAndGrad:
         self, params: base.PyTree, state: ValueAndGradState, *args: Any, **extra: Any
     ) -> tuple[Any, base.PyTree, ValueAndGradState]:
         """Returns losses (and aux), the gradient by all parameters, and the next state."""
+        _check_state(params, state)
         for name in ("slope_args", "gram_args"):
             if name in extra:
                 raise TypeError(
@@ -352,6 +388,7 @@ class RepresentationValueAndGrad:
 
     def after(self, params: base.PyTree, state: ValueAndGradState, *args: Any) -> ValueAndGradState:
         """Takes the losses of the same batch after the optimiser's step, where they are read."""
+        _check_state(params, state)
         if state.losses_after is None:
             return state
         return self.driver.after((self.trunk(params, *args), params), state, *args)
@@ -360,14 +397,14 @@ class RepresentationValueAndGrad:
 class AggregateByState(NamedTuple):
     """State of :func:`aggregate_by`."""
 
-    effective_weights: jax.Array  # (K,) ∂Φ/∂l of the call, whatever the balancer holds; 0 at first
+    effective_weights: base.PyTree  # (K,) ∂Φ/∂l of the call, or by task name; 0 at first
     balancer: optax.OptState
     slopes: jax.Array | None  # (K,) of the step just taken, None where the method reads none
 
 
 def aggregate_by(
     balancer: optax.GradientTransformation,
-    num_tasks: int,
+    num_tasks: int | Sequence[str],
     *,
     shared: base.PyTree = True,
     heads: Literal["weighted", "sum"] = "weighted",
@@ -392,7 +429,8 @@ def aggregate_by(
 
     Args:
         balancer: a loss transformation or a chain of them.
-        num_tasks: K; static.
+        num_tasks: K, or the names of the tasks in any order, where the losses come in a dict and
+            something is given or wanted by name; static.
         shared: bools in a pytree prefix of the parameters, True for those that tasks share: Gram
             matrices, norms and slopes are taken over them only.
         heads: what the other parameters follow, as in :func:`value_and_grad`.
@@ -418,18 +456,35 @@ def aggregate_by(
         >>> print(updates.shape)
         (2,)
     """
-    checks.number("num_tasks", num_tasks, minimum=1)
+    named = num_tasks
+    if isinstance(num_tasks, Sequence):
+        named, num_tasks = dict.fromkeys(num_tasks, 0.0), len(num_tasks)
+    checks.number("num_tasks", num_tasks, minimum=1, whole=True, static=True)
     jacobian.check_heads(heads)
     balancer = base.as_link(balancer)
 
     def init_fn(params):
         del params
         zeros = lambda: jnp.zeros(num_tasks, jnp.result_type(float))
-        state = balancer.init(zeros())
-        reads_slopes = "slopes" in base.asked(balancer, state, zeros())
-        return AggregateByState(zeros(), state, zeros() if reads_slopes else None)
+        with names.known(named):
+            state = balancer.init(zeros())
+            base.refuse_optimizer(state)
+            reads_slopes = "slopes" in base.asked(balancer, state, zeros())
+        weights = names.unstack(zeros(), named)
+        return AggregateByState(weights, state, zeros() if reads_slopes else None)
 
     def update_fn(task_gradients, state, params=None, *, losses=None, **extra):
+        with names.known(named), names.known(losses):
+            if names.current() not in (None, names.names_of(named) or names.current()):
+                raise ValueError(
+                    f"aggregate_by was made for {sorted(named)}; got losses of {names.current()}."
+                )
+            if extra.get("mask") is not None:
+                extra["mask"] = checks.mask(extra["mask"], num_tasks)
+            losses = None if losses is None else names.stack(losses)
+            return named_update_fn(task_gradients, state, params, losses, **extra)
+
+    def named_update_fn(task_gradients, state, params, losses, **extra):
         jacobian.check_task_gradients(task_gradients, params, num_tasks)
         shared_rows = _shared(task_gradients, shared)
         take_gram = lambda: gram_engines.of_rows(shared_rows)
@@ -455,7 +510,7 @@ def aggregate_by(
 
             return base.supply_missing(of, given, supply)[0]
 
-        dtype = state.effective_weights.dtype
+        dtype = names.stack(state.effective_weights).dtype
         if losses is None:
             losses = jnp.ones(num_tasks, dtype)
             if _depends_on_its_argument(weigh, losses):
@@ -470,7 +525,8 @@ def aggregate_by(
         combined = _with_heads(combine, weights, shared, heads, extra.get("mask"))
         along = lambda: gram_engines.products(shared_rows, _shared(combined, shared))
         slopes = None if state.slopes is None else along().astype(dtype)
-        return combined, AggregateByState(weights.astype(dtype), new, slopes)
+        weights = names.unstack(weights.astype(dtype), named)
+        return combined, AggregateByState(weights, new, slopes)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -491,17 +547,66 @@ def _with_heads(combined, weights, shared, heads, mask):
     return jax.tree.map(lambda is_shared, w, p: w if is_shared else p, shared, grads, plain)
 
 
-def _of_all_devices(weights, state):
+def _of_all_devices(weights, last_weights):
     """Sums the parts of the devices, where ``jax.shard_map`` knows what differs between them.
 
     Behind :func:`bilb.pmean_losses` a device's own losses are a part of what is balanced.
     """
     varying = lambda array: jax.typeof(array).mat.varying
-    axes = varying(weights) - varying(state.effective_weights)
+    axes = varying(weights) - varying(last_weights)
     return jax.lax.psum(weights, tuple(axes)) if axes else weights
 
 
 def _depends_on_its_argument(function, argument):
     """Whether what a function returns is computed from the values of its argument."""
     jaxpr = jax.make_jaxpr(function)(argument).jaxpr
-    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1][0]
+    return any(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1])
+
+
+def _check_state(params, state):
+    """Raises TypeError for another state than that of ``value_and_grad.init``."""
+    if isinstance(params, ValueAndGradState):
+        raise TypeError(
+            "params and state are in the wrong order: call value_and_grad(params, state, *args)."
+        )
+    if not isinstance(state, ValueAndGradState):
+        raise TypeError(
+            "state must be what value_and_grad.init(params, *args) returns, a ValueAndGradState, "
+            f"whose field `balancer` is the balancer's own; got a {type(state).__name__}."
+        )
+
+
+def _check_after(state):
+    """Raises ValueError where ``after`` was left out since the last call, outside ``jit``."""
+    last = state.losses_after
+    if last is None or isinstance(last, jax.core.Tracer):
+        return
+    if bool(jnp.isnan(last).all()):
+        raise ValueError(
+            "this method learns from the losses after each step, and nothing told it of them: call "
+            "state = value_and_grad.after(params, state, *args) after the optimiser's step."
+        )
+
+
+def _keywords(function):
+    """Returns the names of a function's keyword-only parameters."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _refuse_unread(unread, read, weigh, extra):
+    """Raises TypeError for keywords that no link names and on which nothing depends."""
+    for name in unread:
+        try:
+            used = _depends_on_its_argument(lambda value: weigh({name: value}), extra[name])  # noqa: B023
+        except jax.errors.ConcretizationTypeError:
+            used = True
+        except TypeError:  # no array
+            used = False
+        if not used:
+            similar = difflib.get_close_matches(name, read, 1)
+            meant = f" Did you mean `{similar[0]}=`?" if similar else ""
+            raise TypeError(
+                f"value_and_grad got `{name}=`, which no link of the balancer reads; they read "
+                f"{sorted(read)}.{meant} Arguments of task_losses are given by position."
+            )

@@ -8,7 +8,10 @@ front of them, as in ``si+graddrop``.
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -177,3 +180,15 @@ def mistake(
         return None
     what = f"unknown method {', '.join(unknown)}" if unknown else "no method"
     return f"{what}; choose from: {', '.join(known)}, alone or several joined by +"
+
+
+def mistake_in_values(penalty: float, output: Path) -> str | None:
+    """Says what is wrong with a penalty, or with a folder to write to, if anything."""
+    if not (math.isfinite(penalty) and penalty >= 0):
+        return f"--penalty must not be negative, and finite; got {penalty}"
+    nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        return f"--output {output}: {nearest} is not a folder"
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return f"--output {output}: nothing may be written in {nearest}"
+    return None

@@ -419,7 +419,7 @@ class Options:
             return "--decay must be at least 0 and less than 1"
         if self.gram == "sketch" and self.decay == 0:
             return "one sketch says little about the Gram matrix: give --decay too, such as 0.99"
-        return None if self.penalty >= 0 else "--penalty must not be negative"
+        return balancers.mistake_in_values(self.penalty, self.output)
 
 
 def main(options_type: type[Options], make_problem: Callable[[Any], Problem]) -> None:

@@ -99,7 +99,7 @@ class Options:
         together = (self.coordinator, self.processes, self.process)
         if None in together and together != (None,) * 3:
             return "--coordinator, --processes and --process go together"
-        return None if self.penalty >= 0 else "--penalty must not be negative"
+        return balancers.mistake_in_values(self.penalty, self.output)
 
 
 class State(NamedTuple):

@@ -96,7 +96,7 @@ class Options:
             return "--decay must be less than 1"
         if "decay" in taken and self.gram == "sketch" and min(self.decay) == 0:
             return "one sketch says little about the Gram matrix: give --decay above 0"
-        return None
+        return balancers.mistake_in_values(0.0, self.output)
 
 
 def hyperparameters(method: str) -> tuple[str, ...]:

@@ -84,7 +84,7 @@ class Options:
             return mistake
         if self.steps < 1:
             return "--steps must be at least 1"
-        return None if self.penalty >= 0 else "--penalty must not be negative"
+        return balancers.mistake_in_values(self.penalty, self.output)
 
 
 def task_losses(x: jax.Array, scale: float | jax.Array = SCALE) -> jax.Array:

@@ -167,7 +167,7 @@ CASES = {
     "reference 3": (
         lambda: init_of(bilb.lr_annealing(reference=3)),
         ValueError,
-        "reference must be a task, 0 to 2; got 3",
+        "reference must be one of 3 tasks; got 3, not 0 to 2",
     ),
     "probes 0": (lambda: bilb.curvatures.probe(0), ValueError, "probes.*got 0"),
     "clip high": (lambda: init_of(softmax_clip(0.2, 0.3)), ValueError, r"\(0\.2, 0\.3\).*3"),

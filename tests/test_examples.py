@@ -414,6 +414,9 @@ class TestCommandLine:
             (["--seeds", "0"], "at least 1"),
             (["--steps", "0"], "at least 1"),
             (["--penalty", "-1"], "must not be negative"),
+            (["--penalty", "inf"], "--penalty must not be negative, and finite; got inf"),
+            (["--penalty", "nan"], "finite; got nan"),
+            (["--output", f"{__file__}/here"], "test_examples.py is not a folder"),
         ],
     )
     def test_mistakes_are_told_before_any_work(self, monkeypatch, arguments, message):
@@ -421,6 +424,13 @@ class TestCommandLine:
         with pytest.raises(SystemExit) as stopped:
             experiment.main(multidigits.Options, lambda options: pytest.fail("work was done"))
         assert message in str(stopped.value.code)
+
+    def test_a_folder_without_permission_is_told_before_any_work(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(balancers.os, "access", lambda path, mode: path != tmp_path)
+        options = multidigits.Options(output=tmp_path / "new" / "folder")
+        assert f"nothing may be written in {tmp_path}" in options.mistake()
+        assert multidigits.Options(output=tmp_path.parent / "new").mistake() is None
+        assert not (tmp_path.parent / "new").exists()
 
     def test_a_run_from_options_to_files(self, monkeypatch, capsys, tmp_path):
         arguments = ["--method", "si", "ls", "si", "--seeds", "2", "--steps", "20"]

@@ -334,3 +334,17 @@ class TestTrajectories:
     def test_bad_input(self, options, message):
         with pytest.raises(ValueError, match=message):
             plots.trajectories(np.ones((2, 5, 2)), **options)
+
+
+def test_histories_by_name_name_the_tasks():
+    rows = [{"depth": 1.0 * step, "segmentation": 2.0} for step in range(5)]
+    columns = {"depth": np.arange(5.0), "segmentation": np.full(5, 2.0)}
+    for history in (rows, columns):
+        ax = plots.losses_over_time(history)
+        assert [text.get_text() for text in ax.get_legend().get_texts()] == [*columns]
+        for line, values in zip(ax.lines, columns.values()):
+            np.testing.assert_array_equal(line.get_ydata(), values)
+    seeds = {name: np.stack([values, values + 1]) for name, values in columns.items()}
+    ax = plots.weights_over_time(seeds, names=["d", "s"])
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["d", "s"]
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), columns["depth"] + 0.5)

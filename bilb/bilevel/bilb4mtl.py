@@ -36,12 +36,12 @@ class BiLB4MTLState(NamedTuple):
 
 def bilb4mtl(
     penalty: base.Scalar = 0.01,
-    router: routers.Router = routers.sigmoid(),
-    discrepancy: Callable[..., jax.Array] = discrepancies.adjacent,
+    router: routers.Router | None = None,
+    discrepancy: Callable[..., jax.Array] | None = None,
     *,
     weighted: bool = True,
     divisor: Literal["sum", "stop_gradient_sum"] | None = None,
-    optimizer: optax.GradientTransformation = optax.adam(1e-3),
+    optimizer: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Bilevel loss balancing in a single loop, with one backward pass whatever K is.
 
@@ -66,16 +66,16 @@ def bilb4mtl(
             gaps, so values above about 0.1 can overwhelm the losses; with its mean
             (``functools.partial(bilb.discrepancies.adjacent, mean=True)``) the penalty λ (K - 1)
             gives the same objective. 0 is the ablation without an upper level.
-        router: the weights σ(W). Routers that read
+        router: the weights σ(W); ``bilb.routers.sigmoid()`` if None. Routers that read
             ``features`` need them in ``update(..., features=...)``, and Φ is differentiated
             through them.
         discrepancy: ``u (K,) -> scalar``, one of ``bilb.discrepancies`` or your own; it needs a
-            ``where`` keyword only if masks are used.
+            ``where`` keyword only if masks are used. ``bilb.discrepancies.adjacent`` if None.
         weighted: whether f compares the weighted losses u (default) or the losses v (then W does
             not enter f, as in the official Cityscapes code).
         divisor: s = 1 (None), the sum of the weights ("sum"), or that sum held constant
             ("stop_gradient_sum", the official CelebA and QM9 code).
-        optimizer: Optax optimiser of the router.
+        optimizer: Optax optimiser of the router; Adam at 1e-3 if None.
 
     Returns:
         A loss transformation whose state has the fields ``step``, ``router``, ``weights`` and
@@ -102,8 +102,10 @@ def bilb4mtl(
         Xiao et al., *Scalable Bilevel Loss Balancing for Multi-Task Learning* (BiLB4MTL), later
         *LDC-MTL*, arXiv 2502.08585, Algorithm 2.
     """
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = checks.optimizer("optimizer", optimizer, optax.adam(1e-3))
     checks.number("penalty", penalty, minimum=0, schedule=True)
+    router = routers.sigmoid() if router is None else router
+    discrepancy = discrepancies.adjacent if discrepancy is None else discrepancy
     balance = balanced_losses(router, discrepancy, weighted=weighted, divisor=divisor)
     given = routers.Router(router.init, apply=lambda weights, _: weights)
     balance_by = balanced_losses(given, discrepancy, weighted=weighted, divisor=divisor)
@@ -160,9 +162,11 @@ def balanced_losses(
             "router is a flax module; wrap it: bilb.routers.from_module(module, example_features)."
         )
     if not (hasattr(router, "init") and hasattr(router, "apply")):
-        raise TypeError(f"router must be a bilb.Router; got {router!r}.")
+        raise TypeError(f"router must be a bilb.Router; got {router!r}.{checks.uncalled(router)}")
     if divisor not in (None, "sum", "stop_gradient_sum"):
         raise ValueError(f'divisor must be None, "sum" or "stop_gradient_sum"; got {divisor!r}.')
+    checks.function("discrepancy", discrepancy)
+    checks.flag("weighted", weighted)
     takes_where = "where" in inspect.signature(discrepancy).parameters
 
     def distance(u, **options):

@@ -35,6 +35,7 @@ def adjacent(u: jax.Array, *, where: jax.Array | None = None, mean: bool = False
     References:
         Xiao et al., arXiv 2502.08585, upper level of the bilevel problem.
     """
+    _check(u)
     if where is None:
         gaps, pairs = jnp.diff(u), u.shape[0] - 1
         total = jnp.sum(_abs(gaps))
@@ -64,6 +65,7 @@ def pairwise(u: jax.Array, *, where: jax.Array | None = None, mean: bool = False
         >>> print(bilb.discrepancies.pairwise(jnp.array([1.0, 4.0, 2.0])))
         6.0
     """
+    _check(u)
     present = jnp.ones(u.shape, bool) if where is None else where
     count = jnp.sum(present)
     constant = jax.lax.stop_gradient(u)
@@ -92,6 +94,7 @@ def spread(u: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
         >>> print(bilb.discrepancies.spread(jnp.array([1.0, 4.0, 2.0])))
         3.0
     """
+    _check(u)
     if where is None:
         return jnp.max(u) - jnp.min(u)
     difference = jnp.max(u, where=where, initial=-jnp.inf) - jnp.min(
@@ -115,6 +118,7 @@ def variance(u: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
         >>> print(bilb.discrepancies.variance(jnp.array([1.0, 4.0, 1.0])))
         2.0
     """
+    _check(u)
     return _variance(u, jnp.ones(u.shape, bool) if where is None else where)
 
 
@@ -137,6 +141,15 @@ def _centred(u, where):
     count = jnp.maximum(jnp.sum(where), 1).astype(u.dtype)
     shares = u / count
     return shares - jnp.sum(shares, where=where) / count
+
+
+def _check(u):
+    if jnp.ndim(u) != 1:
+        raise ValueError(
+            f"a discrepancy takes losses (K,); got shape {jnp.shape(u)}. Where "
+            "optax.inject_hyperparams takes it for a schedule, give it "
+            'static_args=("discrepancy",).'
+        )
 
 
 def _abs(x):

@@ -47,7 +47,7 @@ def marigold(
     *,
     scheme: Literal["softmax", "projection", "exponentiated"] = "softmax",
     inner_steps: int = 1,
-    optimizer: optax.GradientTransformation = optax.adam(0.025),
+    optimizer: optax.GradientTransformation | None = None,
     regularization: base.Scalar = 0.0,
     max_logit: base.Scalar = 6.0,
 ) -> optax.GradientTransformationExtraArgs:
@@ -85,7 +85,7 @@ def marigold(
             :func:`bilb.adagrad_norm`, free of scale. "exponentiated": ``λ ∝ λ exp(-β s)``.
         inner_steps: M >= 1, steps on λ per call; static. More than one takes them at the current
             parameters and needs ``slope_fn: weights -> slopes`` instead of ``slopes``.
-        optimizer: Optax optimiser of λ or its logits; 0.025 is FAMO's rate.
+        optimizer: Optax optimiser of λ or its logits; Adam at 0.025, FAMO's rate, if None.
         regularization: ρ >= 0, adds ρ λ to the gradient. A constant ρ makes the iterates slide
             along the front to the point of equal weights; keep 0 or let it decay.
         max_logit: the logits are centred and clipped to this magnitude.
@@ -120,8 +120,13 @@ def marigold(
         if lower not in _LOWER:
             raise ValueError(f"lower must be one of {sorted(_LOWER)}; got {lower!r}.")
         name, lower = lower, _LOWER[lower]()
-    else:
+    elif isinstance(lower, lower_levels.LowerLevel):
         name = "this lower level"
+    else:
+        raise TypeError(
+            "lower must be a name or one of bilb.lower_levels, such as bilb.lower_levels.mgda(); "
+            f"got {lower!r}.{checks.uncalled(lower)}"
+        )
     if scheme not in ("softmax", "projection", "exponentiated"):
         raise ValueError(
             f'scheme must be "softmax", "projection" or "exponentiated"; got {scheme!r}.'
@@ -130,11 +135,11 @@ def marigold(
         raise ValueError(f'{name} needs scheme="projection"; got {scheme!r}.')
     if lower.logarithmic and scheme == "projection":
         raise ValueError(f'{name} needs scheme="softmax" or "exponentiated"; got {scheme!r}.')
-    checks.number("inner_steps", inner_steps, minimum=1)
+    checks.number("inner_steps", inner_steps, minimum=1, whole=True, static=True)
     checks.number("regularization", regularization, minimum=0, schedule=True)
     checks.number("max_logit", max_logit, minimum=0, exclusive=True, schedule=True)
     lagged = lower.lagged and inner_steps == 1
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = checks.optimizer("optimizer", optimizer, optax.adam(0.025))
 
     def init(num_tasks, dtype):
         uniform = jnp.full(num_tasks, 1 / num_tasks, dtype)

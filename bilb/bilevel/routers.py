@@ -118,6 +118,7 @@ def relu_sigmoid(minval: float = 0.2, maxval: float = 1.0, key: int | jax.Array 
         True
     """
 
+    checks.key(key)
     checks.number("minval", minval)
     checks.number("maxval", maxval)
 
@@ -160,7 +161,8 @@ def linear_softmax(
         >>> print(state.weights.shape)
         (2,)
     """
-    checks.number("num_features", num_features, minimum=1)
+    checks.key(key)
+    checks.number("num_features", num_features, minimum=1, whole=True, static=True)
 
     def init(num_tasks, dtype):
         _check_clip(clip, num_tasks)
@@ -214,6 +216,7 @@ def from_module(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a flax.linen.Module; got {type(module).__name__}.")
+    checks.key(key)
 
     def init(num_tasks, dtype):
         del num_tasks  # the module's last layer fixes it; update checks what comes out

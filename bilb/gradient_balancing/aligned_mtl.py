@@ -1,8 +1,4 @@
-"""Aligned-MTL, CVPR 2023: makes the principal components of the task gradients equally long.
-
-With the eigenvalues and eigenvectors ``G = V Λ Vᵀ``, ``w = √σ V Λ^{-1/2} Vᵀ p``; the preference p
-is ``1/K`` by default and σ the smallest eigenvalue.
-"""
+"""Aligned-MTL, CVPR 2023: makes the principal components of the task gradients equally long."""
 
 from __future__ import annotations
 
@@ -23,6 +19,9 @@ def aligned_mtl(
     decay: base.Scalar = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Independent component alignment: the task gradients as an orthogonal system of one length.
+
+    With the eigenvalues and eigenvectors ``G = V Λ Vᵀ``, ``w = √σ V Λ^{-1/2} Vᵀ p``; the preference
+    p is ``1/K`` by default and σ the smallest eigenvalue.
 
     ``update`` needs the extra argument ``gram`` (K, K), which :func:`bilb.value_and_grad` and
     :func:`bilb.aggregate_by` supply. Weights may be negative. LibMTL sums over tasks where this
@@ -61,7 +60,7 @@ def aligned_mtl(
     """
     if scale not in ("min", "median", "rmse"):
         raise ValueError(f'scale must be "min", "median" or "rmse"; got {scale!r}.')
-    checks.number("preference", preference, per_task=True)
+    checks.number("preference", preference, per_task=True, optional=True)
 
     def weigh(gram, memory, step):
         del step

@@ -1,9 +1,4 @@
-"""CAGrad: the direction near the mean gradient that improves the worst task the most.
-
-``max_d min_i g_iᵀ d`` subject to ``‖d - g_0‖ <= c ‖g_0‖`` with the mean gradient ``g_0 = Jᵀ 1/K``.
-Its dual is ``w = argmin_{w ∈ Δ} g_wᵀ g_0 + c ‖g_0‖ ‖g_w‖``, ``g_w = Jᵀ w``, and the direction is
-``d = g_0 + c ‖g_0‖ / ‖g_w‖ · g_w``.
-"""
+"""CAGrad: the direction near the mean gradient that improves the worst task the most."""
 
 from __future__ import annotations
 
@@ -19,6 +14,10 @@ def cagrad(
     c: base.Scalar = 0.4, rescale: int = 1, *, decay: base.Scalar = 0.0
 ) -> optax.GradientTransformationExtraArgs:
     """Conflict-averse gradient descent: between the mean gradient (c = 0) and MGDA (c large).
+
+    ``max_d min_i g_iᵀ d`` subject to ``‖d - g_0‖ <= c ‖g_0‖`` with the mean gradient ``g_0 = Jᵀ
+    1/K``. Its dual is ``w = argmin_{w ∈ Δ} g_wᵀ g_0 + c ‖g_0‖ ‖g_w‖``, ``g_w = Jᵀ w``, and the
+    direction is ``d = g_0 + c ‖g_0‖ / ‖g_w‖ · g_w``.
 
     ``update`` needs the extra argument ``gram`` (K, K), which :func:`bilb.value_and_grad` and
     :func:`bilb.aggregate_by` supply. With c < 1 it ends at a stationary point of the mean loss.

@@ -1,8 +1,4 @@
-"""ConFIG, arXiv 2408.11104: the direction that has the same cosine with all task gradients.
-
-With unit gradients ``u_k = g_k / ‖g_k‖``, rows of U: ``d = (Σ_k g_kᵀ e) e`` along the unit vector
-``e = U⁺ 1 / ‖U⁺ 1‖``. In terms of their cosines ``C = U Uᵀ``, ``U⁺ = Uᵀ C⁺``.
-"""
+"""ConFIG, arXiv 2408.11104: the direction that has the same cosine with all task gradients."""
 
 from __future__ import annotations
 
@@ -20,6 +16,9 @@ def config(
     *, preference: Any = None, decay: base.Scalar = 0.0
 ) -> optax.GradientTransformationExtraArgs:
     """Conflict-free inverse gradients: equal cosines with all tasks, as long as they agree.
+
+    With unit gradients ``u_k = g_k / ‖g_k‖``, rows of U: ``d = (Σ_k g_kᵀ e) e`` along the unit
+    vector ``e = U⁺ 1 / ‖U⁺ 1‖``. In terms of their cosines ``C = U Uᵀ``, ``U⁺ = Uᵀ C⁺``.
 
     ``update`` needs the extra argument ``gram`` (K, K), which :func:`bilb.value_and_grad` and
     :func:`bilb.aggregate_by` supply. The length of the step is the sum of the projections of all
@@ -56,7 +55,7 @@ def config(
         Liu, Chu and Thuerey, *ConFIG: towards conflict-free training of physics informed neural
         networks*, arXiv 2408.11104.
     """
-    checks.number("preference", preference, per_task=True)
+    checks.number("preference", preference, per_task=True, optional=True)
 
     def weigh(gram, memory, step):
         del step

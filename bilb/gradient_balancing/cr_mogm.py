@@ -1,7 +1,4 @@
-"""CR-MOGM, NeurIPS 2022: any method with its weights smoothed over time.
-
-``λ_t = α λ_{t-1} + (1 - α) w_t``, from the first weights on.
-"""
+"""CR-MOGM, NeurIPS 2022: any method with its weights smoothed over time."""
 
 from __future__ import annotations
 
@@ -27,6 +24,8 @@ def cr_mogm(
     inner: optax.GradientTransformation, alpha: base.Scalar = 0.9, *, initial_weights: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     """Follows the running mean of another method's weights.
+
+    ``λ_t = α λ_{t-1} + (1 - α) w_t``, from the first weights on.
 
     What is smoothed are the effective weights ``∂ Σ balanced / ∂ losses`` of ``inner``, whatever it
     reads: ``bilb.cr_mogm(bilb.mgda())`` asks for ``gram``. Mini-batch noise in the weights biases
@@ -84,7 +83,8 @@ def cr_mogm(
     def update_fn(losses, /, state, params=None, *, mask=None, **extra):
         num_tasks, loss_dtype = checks.losses(losses)
         losses = jnp.asarray(losses, base.at_least_float32(loss_dtype))
-        checks.state(state, jax.eval_shape(init_fn, losses), num_tasks)
+        arguments.note(("mask",))
+        checks.state(state, jax.eval_shape(init_fn, losses), num_tasks, "cr_mogm")
         if mask is not None:
             mask = checks.mask(mask, num_tasks)
             extra["mask"] = mask

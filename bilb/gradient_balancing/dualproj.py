@@ -1,8 +1,4 @@
-"""DualProj: the mean gradient is projected onto the dual cone of the task gradients.
-
-``w = argmin_{v >= m} vᵀ G v`` with m the mean or a preference: ``Jᵀ w`` is the projection of
-``Jᵀ m`` onto ``{d : J d >= 0}``, the direction nearest to it that makes no task worse.
-"""
+"""DualProj: the mean gradient is projected onto the dual cone of the task gradients."""
 
 from __future__ import annotations
 
@@ -24,6 +20,9 @@ def dualproj(
     decay: base.Scalar = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Projection of the mean gradient onto the dual cone, as in gradient episodic memory.
+
+    ``w = argmin_{v >= m} vᵀ G v`` with m the mean or a preference: ``Jᵀ w`` is the projection of
+    ``Jᵀ m`` onto ``{d : J d >= 0}``, the direction nearest to it that makes no task worse.
 
     ``update`` needs the extra argument ``gram`` (K, K), which :func:`bilb.value_and_grad` and
     :func:`bilb.aggregate_by` supply. The weights are at least ``preference``: equal to it as long
@@ -66,7 +65,7 @@ def dualproj(
     """
     checks.number("reg_eps", reg_eps, minimum=0, schedule=True)
     checks.number("norm_eps", norm_eps, minimum=0, schedule=True)
-    checks.number("preference", preference, minimum=0, per_task=True)
+    checks.number("preference", preference, minimum=0, per_task=True, optional=True)
 
     def weigh(gram, memory, step):
         ridge, smallest = base.at_step(reg_eps, step), base.at_step(norm_eps, step)

@@ -1,8 +1,4 @@
-"""FairGrad: α-fair shares of the improvement.
-
-``G w = w^(-1/α)`` elementwise, ``w > 0``: the direction ``Jᵀ w`` maximises
-``Σ_i (g_iᵀ d)^(1-α) / (1-α)`` on a ball. α = 1 is proportional fairness, Nash-MTL.
-"""
+"""FairGrad: α-fair shares of the improvement."""
 
 from __future__ import annotations
 
@@ -18,6 +14,9 @@ def fairgrad(
     alpha: base.Scalar = 2.0, *, decay: base.Scalar = 0.0
 ) -> optax.GradientTransformationExtraArgs:
     """α-fair gradient balancing: the mean gradient for α → 0, max-min fairness for α → ∞.
+
+    ``G w = w^(-1/α)`` elementwise, ``w > 0``: the direction ``Jᵀ w`` maximises
+    ``Σ_i (g_iᵀ d)^(1-α) / (1-α)`` on a ball. α = 1 is proportional fairness, Nash-MTL.
 
     ``update`` needs the extra argument ``gram`` (K, K), which :func:`bilb.value_and_grad` and
     :func:`bilb.aggregate_by` supply. ``w_k`` is about ``‖g_k‖^(-2α / (1 + α))``.

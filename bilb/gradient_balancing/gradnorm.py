@@ -1,11 +1,4 @@
-"""GradNorm, arXiv 1711.02257: learns weights such that all tasks train at similar rates.
-
-With the gradient norms ``n_k = w_k ‖∇l_k‖`` of the weighted losses on the shared layer and the
-relative training rates ``r_k = (l_k / L_k) / mean_j (l_j / L_j)``, L the initial losses:
-
-* the model minimises ``Σ_k w_k l_k``
-* the weights minimise ``Σ_k |n_k - sg(mean_j n_j · r_k^α)|``
-"""
+"""GradNorm, arXiv 1711.02257: learns weights such that all tasks train at similar rates."""
 
 from __future__ import annotations
 
@@ -39,9 +32,15 @@ def gradnorm(
     warmup_steps: int | jax.Array = 1,
     scheme: Literal["softmax", "sum"] = "softmax",
     decay: base.Scalar = 0.0,
-    optimizer: optax.GradientTransformation = optax.adam(0.025),
+    optimizer: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Learns weights that pull the tasks' gradient norms to a common size and training rate.
+
+    With the gradient norms ``n_k = w_k ‖∇l_k‖`` of the weighted losses on the shared layer and the
+    relative training rates ``r_k = (l_k / L_k) / mean_j (l_j / L_j)``, L the initial losses:
+
+    * the model minimises ``Σ_k w_k l_k``
+    * the weights minimise ``Σ_k |n_k - sg(mean_j n_j · r_k^α)|``
 
     ``update`` needs the extra argument ``gradient_norms`` (K,): the norms ‖∇l_k‖ of the losses as
     the model returns them, not yet weighted, with respect to the parameters that the tasks share
@@ -70,7 +69,7 @@ def gradnorm(
         decay: of a running mean of the squared norms in place of each step's own, in [0, 1), for
             the noisy estimates of :func:`bilb.grams.sketch`: with one probe and eleven losses of
             molecules 0.9 brought the weights from 0.24 to 0.05 (total variation) of the exact ones.
-        optimizer: Optax optimiser of the scales; default Adam at 0.025.
+        optimizer: Optax optimiser of the scales; Adam at 0.025 if None.
 
     Returns:
         A loss transformation whose state has the fields ``step``, ``weights`` (K,), ``scales``
@@ -98,8 +97,9 @@ def gradnorm(
         Chen et al., *GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep Multitask
         Networks*, arXiv 1711.02257, Algorithm 1.
     """
+    optimizer = checks.optimizer("optimizer", optimizer, optax.adam(0.025))
     checks.number("alpha", alpha, minimum=0, schedule=True)
-    checks.number("warmup_steps", warmup_steps, minimum=1)
+    checks.number("warmup_steps", warmup_steps, minimum=1, whole=True)
     averages = running_mean.averages(decay)
     if scheme not in ("softmax", "sum"):
         raise ValueError(f'scheme must be "softmax" or "sum"; got {scheme!r}.')

@@ -1,12 +1,4 @@
-"""Gradient vaccine, arXiv 2010.05874: turns each task gradient until it agrees as much as usual.
-
-For every task i, ``g = g_i``; then for the other tasks j in random order, with φ the cosine of g
-and g_j and φ̂_ij its running mean, where ``φ < φ̂_ij``
-
-``g ← g + ‖g‖ (φ̂ √(1 - φ²) - φ √(1 - φ̂²)) / (‖g_j‖ √(1 - φ̂²)) g_j``,
-
-and ``φ̂_ij ← (1 - β) φ̂_ij + β φ``. The direction is the sum of what became of all tasks.
-"""
+"""Gradient vaccine, arXiv 2010.05874: turns each task gradient until it agrees as much as usual."""
 
 from __future__ import annotations
 
@@ -36,6 +28,13 @@ def gradvac(
     decay: base.Scalar = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Gradient vaccine: PCGrad with the usual cosine of a pair in the place of zero.
+
+    For every task i, ``g = g_i``; then for the other tasks j in random order, with φ the cosine of
+    g and g_j and φ̂_ij its running mean, where ``φ < φ̂_ij``
+
+    ``g ← g + ‖g‖ (φ̂ √(1 - φ²) - φ √(1 - φ̂²)) / (‖g_j‖ √(1 - φ̂²)) g_j``,
+
+    and ``φ̂_ij ← (1 - β) φ̂_ij + β φ``. The direction is the sum of what became of all tasks.
 
     ``update`` needs the extra argument ``gram`` (K, K), which :func:`bilb.value_and_grad` and
     :func:`bilb.aggregate_by` supply: norms and cosines of the changed gradients follow from their
@@ -77,6 +76,7 @@ def gradvac(
         Wang et al., *Gradient vaccine: investigating and improving multi-task optimization in
         massively multilingual models*, arXiv 2010.05874.
     """
+    checks.key(key)
     checks.number("beta", beta, minimum=0, maximum=1, schedule=True)
     checks.number("eps", eps, minimum=0, schedule=True)
 

@@ -1,8 +1,4 @@
-"""IMTL-G, ICLR 2021: the direction that has equal projections on all task gradients.
-
-With ``d_k = ‖g_k‖``, ``w ∝ G⁻¹ d``, of sum 1: then ``u_kᵀ Jᵀw`` is the same for all unit gradients
-``u_k = g_k / d_k``. In terms of the cosines C of the gradients, ``w_k ∝ (C⁻¹ 1)_k / d_k``.
-"""
+"""IMTL-G, ICLR 2021: the direction that has equal projections on all task gradients."""
 
 from __future__ import annotations
 
@@ -17,6 +13,10 @@ from bilb.gradient_balancing.weighting import gram_weighting
 
 def imtl_g(*, decay: base.Scalar = 0.0) -> optax.GradientTransformationExtraArgs:
     """Impartial multi-task learning, gradient part: equal projections on all task gradients.
+
+    With ``d_k = ‖g_k‖``, ``w ∝ G⁻¹ d``, of sum 1: then ``u_kᵀ Jᵀw`` is the same for all unit
+    gradients ``u_k = g_k / d_k``. In terms of the cosines C of the gradients, ``w_k ∝ (C⁻¹ 1)_k /
+    d_k``.
 
     ``update`` needs the extra argument ``gram`` (K, K), which :func:`bilb.value_and_grad` and
     :func:`bilb.aggregate_by` supply. The weights sum to 1; they may be negative. Its loss part is

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base, checks
+from bilb import base, checks, names
 from bilb.gradient_balancing import running_mean
 
 
@@ -31,7 +31,7 @@ def inverse_weighting(
     every: int,
     decay: base.Scalar,
     eps: float | jax.Array,
-    reference: int | None = None,
+    reference: int | str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes ``w_k = s / (s_k + eps s)`` a loss transformation, s the mean size or a reference's.
 
@@ -51,13 +51,13 @@ def inverse_weighting(
         A loss transformation whose state is an :class:`InverseWeightsState`.
     """
     checks.number("momentum", momentum, minimum=0, maximum=1, schedule=True)
-    checks.number("every", every, minimum=1)
+    checks.number("every", every, minimum=1, whole=True, static=True)
     checks.number("eps", eps, minimum=0, exclusive=True)
     running_mean.averages(decay)
 
     def init(num_tasks, dtype):
-        if reference is not None and not 0 <= reference < num_tasks:
-            raise ValueError(f"reference must be a task, 0 to {num_tasks - 1}; got {reference}.")
+        if reference is not None:
+            names.index("reference", reference, num_tasks)
         mean = running_mean.start((num_tasks,), dtype)
         return InverseWeightsState(base.new_step(), jnp.ones(num_tasks, dtype), mean)
 
@@ -70,13 +70,14 @@ def inverse_weighting(
             number = jnp.maximum(jnp.sum(present), 1)
             level = jnp.sum(jnp.where(present, sizes / number, 0.0))
         else:
-            level = jnp.where(present[reference], sizes[reference], 0.0)
+            task = names.index("reference", reference, present.shape[0])
+            level = jnp.where(present[task], sizes[task], 0.0)
         divisor = sizes + eps * level
         # Where there is nothing to compare with, the weights stay as they were.
         known = (level > 0) & (divisor > 0)
         weights = jnp.where(known, level / jnp.where(known, divisor, 1.0), state.weights)
         if reference is not None:
-            weights = weights.at[reference].set(1.0)
+            weights = weights.at[task].set(1.0)
         old = base.at_step(momentum, state.step)
         return state._replace(weights=old * state.weights + (1 - old) * weights, mean=mean)
 

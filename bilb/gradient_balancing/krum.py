@@ -1,8 +1,4 @@
-"""Krum, NeurIPS 2017: follows the task gradients that have the closest neighbours.
-
-The score of task i is ``Σ_j ‖g_i - g_j‖²`` over its ``K - f - 2`` nearest neighbours j, where f
-gradients may be corrupt; the gradients with the lowest scores are averaged.
-"""
+"""Krum, NeurIPS 2017: follows the task gradients that have the closest neighbours."""
 
 from __future__ import annotations
 
@@ -21,6 +17,9 @@ def krum(
     decay: base.Scalar = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Multi-Krum: the mean of the task gradients that lie in the densest spot, robust to outliers.
+
+    The score of task i is ``Σ_j ‖g_i - g_j‖²`` over its ``K - f - 2`` nearest neighbours j, where f
+    gradients may be corrupt; the gradients with the lowest scores are averaged.
 
     ``update`` needs the extra argument ``gram`` (K, K), which :func:`bilb.value_and_grad` and
     :func:`bilb.aggregate_by` supply. Made for gradients of one loss from several workers, of which
@@ -59,8 +58,8 @@ def krum(
         Blanchard et al., *Machine learning with adversaries: Byzantine tolerant gradient descent*,
         NeurIPS 2017.
     """
-    checks.number("num_byzantine", num_byzantine, minimum=0)
-    checks.number("num_selected", num_selected, minimum=1)
+    checks.number("num_byzantine", num_byzantine, minimum=0, whole=True)
+    checks.number("num_selected", num_selected, minimum=1, whole=True)
 
     def weigh(gram, memory, step):
         del step

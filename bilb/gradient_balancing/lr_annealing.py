@@ -1,10 +1,4 @@
-"""Gradient-norm weights with a moving average, for physics-informed networks.
-
-With ``n_k = ‖∇l_k‖``, renewed every so many steps and averaged:
-
-* mean form, arXiv 2308.08468: ``w_k = n / (n_k + ε n)``, n the mean of all n_k
-* with a reference task, after arXiv 2001.04536: ``w_k = n_r / (n_k + ε n_r)``, and ``w_r = 1``
-"""
+"""Gradient-norm weights with a moving average, for physics-informed networks."""
 
 from __future__ import annotations
 
@@ -20,11 +14,16 @@ def lr_annealing(
     momentum: base.Scalar = 0.9,
     every: int = 1000,
     *,
-    reference: int | None = None,
+    reference: int | str | None = None,
     decay: base.Scalar = 0.0,
     eps: float | jax.Array = 1e-5,
 ) -> optax.GradientTransformationExtraArgs:
     """Weighs the losses such that their gradients have about the same norm.
+
+    With ``n_k = ‖∇l_k‖``, renewed every so many steps and averaged:
+
+    * mean form, arXiv 2308.08468: ``w_k = n / (n_k + ε n)``, n the mean of all n_k
+    * with a reference task, after arXiv 2001.04536: ``w_k = n_r / (n_k + ε n_r)``, and ``w_r = 1``
 
     ``update`` needs the extra argument ``gradient_norms`` (K,) with ``every=1``, and ``gram_fn``
     with more, so that nothing is paid for at the other steps. :func:`bilb.value_and_grad` and
@@ -52,7 +51,7 @@ def lr_annealing(
             the codes after it (jinns) put either 0.1 or 0.9 on the new ones.
         every: number of steps that the weights stay the same, from the first update on, whose
             norms already count. Default 1000, as in JAX-PI. Static.
-        reference: index of the task whose weight is 1, usually the residual; static.
+        reference: index or name of the task whose weight is 1, usually the residual; static.
         decay: of a running mean of the squared norms, in [0, 1), taken at the steps of renewal.
         eps: ε > 0; 1e-5 in JAX-PI.
 

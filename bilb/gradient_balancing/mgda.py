@@ -1,8 +1,4 @@
-"""MGDA: the point of smallest norm in the convex hull of the task gradients.
-
-``w = argmin_{w ∈ Δ} ‖Jᵀ w‖² = argmin_{w ∈ Δ} wᵀ G w``; no direction improves all tasks more evenly,
-and where it is zero no direction improves all of them at all (Pareto stationarity).
-"""
+"""MGDA: the point of smallest norm in the convex hull of the task gradients."""
 
 from __future__ import annotations
 
@@ -15,6 +11,9 @@ from bilb.gradient_balancing.weighting import gram_weighting
 
 def mgda(*, decay: base.Scalar = 0.0) -> optax.GradientTransformationExtraArgs:
     """Multiple-gradient descent: follows the min-norm point of the task gradients' convex hull.
+
+    ``w = argmin_{w ∈ Δ} ‖Jᵀ w‖² = argmin_{w ∈ Δ} wᵀ G w``; no direction improves all tasks more
+    evenly, and where it is zero no direction improves all of them at all (Pareto stationarity).
 
     ``update`` needs the extra argument ``gram`` (K, K), which :func:`bilb.value_and_grad` and
     :func:`bilb.aggregate_by` supply. The weights are not negative and sum to one; the official code

@@ -1,7 +1,4 @@
-"""MoDo, arXiv 2305.20057: MGDA's weights by one step at a time, from two independent batches.
-
-``λ ← Π_Δ(λ - γ (A λ + ρ λ))`` with ``A = J₁ J₂ᵀ``, an unbiased estimate of ``J Jᵀ``.
-"""
+"""MoDo, arXiv 2305.20057: MGDA's weights by one step at a time, from two independent batches."""
 
 from __future__ import annotations
 
@@ -16,6 +13,8 @@ def modo(
     gamma: base.Scalar = 1e-3, rho: base.Scalar = 0.1, *, decay: base.Scalar = 0.0
 ) -> optax.GradientTransformationExtraArgs:
     """Multi-objective gradient with double sampling: a projected step on the weights at each call.
+
+    ``λ ← Π_Δ(λ - γ (A λ + ρ λ))`` with ``A = J₁ J₂ᵀ``, an unbiased estimate of ``J Jᵀ``.
 
     ``update`` needs the extra argument ``gram`` (K, K). With one batch it is the Gram matrix of
     that batch, biased towards noisy tasks. As in the paper, give an independent batch to the

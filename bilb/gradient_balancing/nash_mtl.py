@@ -1,8 +1,4 @@
-"""Nash-MTL: the bargaining solution, in which all tasks gain the same relative amount.
-
-``G w = 1 / w`` elementwise, ``w > 0``: the direction ``Jᵀ w`` maximises ``Σ_i log g_iᵀ d`` on a
-ball.
-"""
+"""Nash-MTL: the bargaining solution, in which all tasks gain the same relative amount."""
 
 from __future__ import annotations
 
@@ -18,6 +14,9 @@ def nash_mtl(
     max_norm: base.Scalar | None = None, every: int = 1, *, decay: base.Scalar = 0.0
 ) -> optax.GradientTransformationExtraArgs:
     """Nash's bargaining solution: independent of the losses' scales.
+
+    ``G w = 1 / w`` elementwise, ``w > 0``: the direction ``Jᵀ w`` maximises ``Σ_i log g_iᵀ d`` on a
+    ball.
 
     ``update`` needs the extra argument ``gram`` (K, K), or ``gram_fn`` with ``every > 1``, which
     :func:`bilb.value_and_grad` and :func:`bilb.aggregate_by` supply. ``w_k`` is about
@@ -60,8 +59,8 @@ def nash_mtl(
     References:
         Navon et al., *Multi-task learning as a bargaining game*, arXiv 2202.01017.
     """
-    checks.number("max_norm", max_norm, minimum=0, exclusive=True, schedule=True)
-    checks.number("every", every, minimum=1)
+    checks.number("max_norm", max_norm, minimum=0, exclusive=True, schedule=True, optional=True)
+    checks.number("every", every, minimum=1, whole=True, static=True)
 
     def weigh(gram, memory, step):
         weights = solvers.fair_weights(gram.matrix, 1.0, gram.present)

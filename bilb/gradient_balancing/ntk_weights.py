@@ -1,8 +1,4 @@
-"""Weights by the neural tangent kernel, arXiv 2007.14527: slowly learnt losses weigh more.
-
-``w_k = t / (t_k + ε t)``, where ``t_k = tr(J_k J_kᵀ) / N_k`` is the mean diagonal of the tangent
-kernel of task k's N_k residuals, J_k their Jacobian, and t the mean of all t_k
-"""
+"""Weights by the neural tangent kernel, arXiv 2007.14527: slowly learnt losses weigh more."""
 
 from __future__ import annotations
 
@@ -22,6 +18,9 @@ def ntk_weights(
     eps: float | jax.Array = 1e-5,
 ) -> optax.GradientTransformationExtraArgs:
     """Weighs the losses such that all are learnt at about the same speed, by their tangent kernels.
+
+    ``w_k = t / (t_k + ε t)``, where ``t_k = tr(J_k J_kᵀ) / N_k`` is the mean diagonal of the
+    tangent kernel of task k's N_k residuals, J_k their Jacobian, and t the mean of all t_k
 
     For a mean of squared residuals under gradient flow, the residuals decay at the rates of the
     tangent kernel's eigenvalues, whose mean is ``t_k``. ``update`` needs the extra argument

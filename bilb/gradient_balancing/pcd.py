@@ -1,12 +1,4 @@
-"""PCD, arXiv 2606.29521: follows one task, and makes sure that the others progress as well.
-
-With gradients over their usual norms, ``g̃_k = g_k / √(v̂_k + ε)``, v̂ the bias-corrected running
-mean of ``‖g_k‖²``, and the primary task 0,
-
-``d̃ = argmin_d ½ ‖d - g̃_0‖²  subject to  g̃_jᵀ d ≥ τ ‖g̃_j‖²  for all other tasks j``;
-
-the direction is d̃ with the length of ``g_0``.
-"""
+"""PCD, arXiv 2606.29521: follows one task, and makes sure that the others progress as well."""
 
 from __future__ import annotations
 
@@ -16,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base, checks
+from bilb import base, checks, names
 from bilb.gradient_balancing.algebra import cosines, divide
 from bilb.gradient_balancing.interior_point import non_negative_quadratic
 from bilb.gradient_balancing.weighting import gram_weighting
@@ -34,10 +26,17 @@ def pcd(
     *,
     beta: base.Scalar = 0.999,
     eps: base.Scalar = 1e-8,
-    primary: int = 0,
+    primary: int | str = 0,
     decay: base.Scalar = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Priority-constrained descent: a primary task, and a share of progress for all others.
+
+    With gradients over their usual norms, ``g̃_k = g_k / √(v̂_k + ε)``, v̂ the bias-corrected
+    running mean of ``‖g_k‖²``, and the primary task 0,
+
+    ``d̃ = argmin_d ½ ‖d - g̃_0‖²  subject to  g̃_jᵀ d ≥ τ ‖g̃_j‖²  for all other tasks j``;
+
+    the direction is d̃ with the length of ``g_0``.
 
     ``update`` needs the extra argument ``gram`` (K, K), which :func:`bilb.value_and_grad` and
     :func:`bilb.aggregate_by` supply. τ is a share of the first-order progress that a step along a
@@ -52,7 +51,7 @@ def pcd(
         tau: τ in [0, 1], one number or one per task (that of the primary task does not matter).
         beta: β in [0, 1), decay of the running mean of squared norms.
         eps: ε >= 0, added to it, in units of squared gradients. All three defaults are TorchJD's.
-        primary: index of the primary task; static.
+        primary: index or name of the primary task; static.
         decay: of a running mean of the Gram matrix in place of each step's own, in [0, 1).
 
     Returns:
@@ -83,16 +82,17 @@ def pcd(
     if isinstance(beta, int | float) and beta == 1:
         raise ValueError("beta must be < 1, or nothing is ever learnt; got 1.")
     checks.number("eps", eps, minimum=0, schedule=True)
-    checks.number("primary", primary, minimum=0)
+    if not isinstance(primary, str):
+        checks.number("primary", primary, minimum=0, whole=True, static=True)
 
     def init(num_tasks, dtype):
-        if primary >= num_tasks:
-            raise ValueError(f"primary must be one of {num_tasks} tasks; got {primary}.")
+        names.index("primary", primary, num_tasks)
         checks.per_task("tau", tau, num_tasks)
         return PCDMemory(jnp.zeros(num_tasks, dtype), jnp.zeros(num_tasks, dtype))
 
     def weigh(gram, memory, step):
         num_tasks, dtype = gram.present.shape[0], gram.matrix.dtype
+        first = names.index("primary", primary, num_tasks)
         norms, directions = cosines(gram.matrix)
         old = base.at_step(beta, step)
         squared = old * memory.squared_norms + (1 - old) * (gram.size * norms) ** 2
@@ -100,14 +100,14 @@ def pcd(
         usual = jnp.sqrt(squared / total + base.at_step(eps, step))
         lengths = jnp.where(usual > 0, gram.size * norms / jnp.where(usual > 0, usual, 1.0), 0.0)
 
-        others = (norms > 0) & (jnp.arange(num_tasks) != primary)
+        others = (norms > 0) & (jnp.arange(num_tasks) != first)
         share = checks.per_task("tau", tau, num_tasks).astype(dtype) * lengths
-        lack = jnp.where(others, share - lengths[primary] * directions[primary], 0.0)
-        along = add_progress(directions, lack, others).at[primary].set(lengths[primary])
+        lack = jnp.where(others, share - lengths[first] * directions[first], 0.0)
+        along = add_progress(directions, lack, others).at[first].set(lengths[first])
 
         square = along @ jnp.matmul(directions, along, precision="highest")
-        defined = (norms[primary] > 0) & (square > 10 * jnp.finfo(dtype).eps * along.sum() ** 2)
-        length = norms[primary] / jnp.sqrt(jnp.where(defined, square, 1.0))
+        defined = (norms[first] > 0) & (square > 10 * jnp.finfo(dtype).eps * along.sum() ** 2)
+        length = norms[first] / jnp.sqrt(jnp.where(defined, square, 1.0))
         weights = jnp.where(defined, length * divide(along, norms), 0.0)
         return weights, PCDMemory(squared, total)
 

@@ -1,8 +1,4 @@
-"""PCGrad, arXiv 2001.06782: projects each task gradient off those that it conflicts with.
-
-For every task i, ``g = g_i``; then for the other tasks j in random order, where ``g · g_j < 0``,
-``g ← g - (g · g_j) / ‖g_j‖² g_j``. The direction is the sum of what is left of all tasks.
-"""
+"""PCGrad, arXiv 2001.06782: projects each task gradient off those that it conflicts with."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base
+from bilb import base, checks
 from bilb.gradient_balancing.algebra import random_orders
 from bilb.gradient_balancing.weighting import gram_weighting
 
@@ -19,6 +15,9 @@ def pcgrad(
     *, key: int | jax.Array = 0, decay: base.Scalar = 0.0
 ) -> optax.GradientTransformationExtraArgs:
     """Gradient surgery: removes from each task gradient what conflicts with another one.
+
+    For every task i, ``g = g_i``; then for the other tasks j in random order, where ``g · g_j <
+    0``, ``g ← g - (g · g_j) / ‖g_j‖² g_j``. The direction is the sum of what is left of all tasks.
 
     ``update`` needs the extra argument ``gram`` (K, K), which :func:`bilb.value_and_grad` and
     :func:`bilb.aggregate_by` supply. All projections take place in the coefficients of the task
@@ -53,6 +52,7 @@ def pcgrad(
     References:
         Yu et al., *Gradient surgery for multi-task learning*, arXiv 2001.06782.
     """
+    checks.key(key)
 
     def weigh(gram, memory, step):
         del step

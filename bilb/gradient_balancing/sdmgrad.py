@@ -1,8 +1,4 @@
-"""SDMGrad, arXiv 2305.18409: MGDA drawn towards the mean gradient, from independent batches.
-
-``w = argmin_{w ∈ Δ} ½ ‖Jᵀ(w + λ/K)‖²`` by projected gradient steps with ``A = J₁ J₂ᵀ`` in the place
-of ``J Jᵀ``; the direction is ``Jᵀ(w + λ/K) / (1 + λ)``.
-"""
+"""SDMGrad, arXiv 2305.18409: MGDA drawn towards the mean gradient, from independent batches."""
 
 from __future__ import annotations
 
@@ -26,6 +22,9 @@ def sdmgrad(
     decay: base.Scalar = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Stochastic direction-oriented MGDA: the min-norm point, drawn towards the mean gradient.
+
+    ``w = argmin_{w ∈ Δ} ½ ‖Jᵀ(w + λ/K)‖²`` by projected gradient steps with ``A = J₁ J₂ᵀ`` in the
+    place of ``J Jᵀ``; the direction is ``Jᵀ(w + λ/K) / (1 + λ)``.
 
     ``update`` needs the extra argument ``gram`` (K, K). With one batch it is the Gram matrix of
     that batch. As in the paper, give independent batches to the driver:
@@ -74,7 +73,7 @@ def sdmgrad(
         stochastic algorithms*, arXiv 2305.18409.
     """
     checks.number("lamb", lamb, minimum=0, schedule=True)
-    checks.number("steps", steps, minimum=1)
+    checks.number("steps", steps, minimum=1, whole=True, static=True, optional=True)
     checks.number("learning_rate", learning_rate, minimum=0, exclusive=True, schedule=True)
     checks.number("momentum", momentum, minimum=0, maximum=1, schedule=True)
     checks.number("eps", eps, minimum=0, schedule=True)

@@ -1,8 +1,4 @@
-"""UPGrad: every task's gradient is projected onto the dual cone, and the projections are averaged.
-
-``w = Σ_i m_i v_i`` with ``v_i = argmin_{v >= e_i} vᵀ G v`` and m the mean or a preference:
-``Jᵀ v_i`` is the projection of ``g_i`` onto ``{d : J d >= 0}``, so none makes any task worse.
-"""
+"""UPGrad: the mean of every task's gradient, each projected onto the dual cone."""
 
 from __future__ import annotations
 
@@ -25,6 +21,9 @@ def upgrad(
     decay: base.Scalar = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Unconflicting projection of gradients: linear in the scale of each task, never in conflict.
+
+    ``w = Σ_i m_i v_i`` with ``v_i = argmin_{v >= e_i} vᵀ G v`` and m the mean or a preference:
+    ``Jᵀ v_i`` is the projection of ``g_i`` onto ``{d : J d >= 0}``, so none makes any task worse.
 
     ``update`` needs the extra argument ``gram`` (K, K), which :func:`bilb.value_and_grad` and
     :func:`bilb.aggregate_by` supply. The weights are not negative and at least ``preference``.
@@ -67,7 +66,7 @@ def upgrad(
     """
     checks.number("reg_eps", reg_eps, minimum=0, schedule=True)
     checks.number("norm_eps", norm_eps, minimum=0, schedule=True)
-    checks.number("preference", preference, minimum=0, per_task=True)
+    checks.number("preference", preference, minimum=0, per_task=True, optional=True)
 
     def weigh(gram, memory, step):
         ridge, smallest = base.at_step(reg_eps, step), base.at_step(norm_eps, step)

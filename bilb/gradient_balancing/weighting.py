@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import arguments, base
+from bilb import arguments, base, names
 from bilb.gradient_balancing import running_mean
 
 
@@ -84,14 +84,18 @@ def gram_weighting(
         )
 
     shapes = base.shapes_of(init)
-    weigh = jax.jit(weigh)  # so that calls outside jit compile the loops once
+    # So that calls outside jit compile the loops once, for tasks of these names.
+    compiled = jax.jit(
+        lambda gram, memory, step, tasks: weigh(gram, memory, step), static_argnums=3
+    )
 
     def learn(state, gram, present):
         mean = state.mean
         if averages:
             mean = running_mean.move(mean, gram, base.at_step(decay, state.step))
             gram = running_mean.value(mean)
-        weights, remembered = weigh(prepare(gram, present), state.memory, state.step)
+        of_step = prepare(gram, present), state.memory, state.step
+        weights, remembered = compiled(*of_step, names.current())
         weights = jnp.where(present, jax.lax.stop_gradient(weights), 0.0)
         return state._replace(weights=weights, memory=remembered, mean=mean)
 

@@ -29,8 +29,8 @@ class BaseLosses(NamedTuple):
 
 def check(start: Any, steps: Any) -> None:
     """Raises ValueError for a window that begins before update 0 or has no update."""
-    checks.number("base_start", start, minimum=0)
-    checks.number("base_steps", steps, minimum=1)
+    checks.number("base_start", start, minimum=0, whole=True)
+    checks.number("base_steps", steps, minimum=1, whole=True)
 
 
 def init(num_tasks: int, dtype: Any) -> BaseLosses:

@@ -1,10 +1,4 @@
-"""IGBv1, improvable gap balancing, arXiv 2307.15429: weigh a task by how much it can improve.
-
-With the base losses l^b, the mean losses of one early epoch, and w constant in the derivative:
-
-* ``w = K softmax(l / l^b)``
-* ``objective = Σ_k w_k log l_k``
-"""
+"""IGBv1, improvable gap balancing, arXiv 2307.15429: weigh a task by how much it can improve."""
 
 from __future__ import annotations
 
@@ -33,6 +27,11 @@ def igb_v1(
     floor: float | jax.Array = 1e-8,
 ) -> optax.GradientTransformationExtraArgs:
     """Weighs the log losses by a softmax of the losses relative to their base losses.
+
+    With the base losses l^b, the mean losses of one early epoch, and w constant in the derivative:
+
+    * ``w = K softmax(l / l^b)``
+    * ``objective = Σ_k w_k log l_k``
 
     The weights are 1 until the base losses are known, then they sum to K, and a task whose loss
     has fallen less since the base epoch weighs more. Counting updates from 0, the base loss of a

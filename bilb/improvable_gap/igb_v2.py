@@ -1,11 +1,4 @@
-"""IGBv2, improvable gap balancing, arXiv 2307.15429: an agent learns the weights.
-
-With the base losses l^b, the mean losses of one early epoch, and w constant in the derivative:
-
-* state ``l``, action ``w = K softmax(u)`` with ``u ~ N(μ(l), σ(l))``, soft actor-critic
-* reward of the step from l' to l: ``scale · min_k (l'_k - l_k) / l^b_k``
-* ``objective = Σ_k w_k log l_k``
-"""
+"""IGBv2, improvable gap balancing, arXiv 2307.15429: an agent learns the weights."""
 
 from __future__ import annotations
 
@@ -75,7 +68,7 @@ def igb_v2(
     reward_scale: base.Scalar = 1.0,
     log_prob: Literal["official", "gaussian"] = "official",
     hidden: tuple[int, ...] = (128, 128),
-    optimizer: optax.GradientTransformation = optax.adam(3e-4),
+    optimizer: optax.GradientTransformation | None = None,
     discount: float | jax.Array = 0.99,
     polyak: float | jax.Array = 0.005,
     initial_temperature: float | jax.Array = 0.2,
@@ -84,6 +77,12 @@ def igb_v2(
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Weighs the log losses by the action of a soft actor-critic agent that learns as it goes.
+
+    With the base losses l^b, the mean losses of one early epoch, and w constant in the derivative:
+
+    * state ``l``, action ``w = K softmax(u)`` with ``u ~ N(μ(l), σ(l))``, soft actor-critic
+    * reward of the step from l' to l: ``scale · min_k (l'_k - l_k) / l^b_k``
+    * ``objective = Σ_k w_k log l_k``
 
     Counting updates from 0:
 
@@ -133,8 +132,9 @@ def igb_v2(
             log-probability although the action is a softmax, as the official code does;
             "gaussian" does not.
         hidden: widths of the hidden layers of actor and critics; static.
-        optimizer: Optax optimiser of actor, critics and temperature, each with its own state. The
-            official code takes 1e-4 for Adam's rate when combined with MGDA, PCGrad or Nash-MTL.
+        optimizer: Optax optimiser of actor, critics and temperature, each with its own state; Adam
+            at 3e-4 if None. The official code takes 1e-4 when combined with MGDA, PCGrad or
+            Nash-MTL.
         discount: of future rewards, 0 to 1.
         polyak: share of the critics that enters their targets per step, 0 to 1.
         initial_temperature: positive; learnt towards an entropy of -K.
@@ -169,17 +169,19 @@ def igb_v2(
         Dai et al., *Improvable Gap Balancing for Multi-Task Learning*, UAI 2023,
         arXiv 2307.15429, IGBv2.
     """
+    optimizer = checks.optimizer("optimizer", optimizer, optax.adam(3e-4))
+    checks.key(key)
     windows.check(base_start, base_steps)
-    checks.number("warmup_steps", warmup_steps, minimum=0)
-    checks.number("update_after", update_after, minimum=0)
-    checks.number("update_every", update_every, minimum=1)
-    checks.number("num_updates", num_updates, minimum=1)
-    checks.number("buffer_size", buffer_size, minimum=1)
-    checks.number("batch_size", batch_size, minimum=2)
+    checks.number("warmup_steps", warmup_steps, minimum=0, whole=True)
+    checks.number("update_after", update_after, minimum=0, whole=True)
+    checks.number("update_every", update_every, minimum=1, whole=True)
+    checks.number("num_updates", num_updates, minimum=1, whole=True)
+    checks.number("buffer_size", buffer_size, minimum=1, whole=True, static=True)
+    checks.number("batch_size", batch_size, minimum=2, whole=True, static=True)
     checks.number("batch_size * buffer_size", batch_size * buffer_size, maximum=2**30 - 1)
     checks.number("reward_scale", reward_scale, minimum=0, schedule=True)
     for width in hidden:
-        checks.number("hidden", width, minimum=1)
+        checks.number("hidden", width, minimum=1, whole=True, static=True)
     checks.number("discount", discount, minimum=0, maximum=1)
     checks.number("polyak", polyak, minimum=0, maximum=1)
     checks.number("initial_temperature", initial_temperature, minimum=0, exclusive=True)

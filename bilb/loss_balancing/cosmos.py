@@ -1,7 +1,4 @@
-"""COSMOS, arXiv 2103.13392: a weighted sum that rewards losses parallel to the preference.
-
-``objective = rᵀl - λ cos(r, l)`` with the preference r
-"""
+"""COSMOS, arXiv 2103.13392: a weighted sum that rewards losses parallel to the preference."""
 
 from __future__ import annotations
 
@@ -28,6 +25,8 @@ def cosmos(
     penalty: base.Scalar, *, preference: jax.Array | float | optax.Schedule | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Minimises a weighted sum of the losses minus the cosine between losses and preference.
+
+    ``objective = rᵀl - λ cos(r, l)`` with the preference r
 
     In the paper one model serves all trade-offs: each step draws a preference from a Dirichlet
     distribution, hands it to the model as an input and to the loss. Give such a preference to

@@ -1,8 +1,4 @@
-"""Dynamic weight average (DWA), arXiv 1803.10704: more weight to losses that fall slowly.
-
-``objective = Σ_k w_k l_k`` with ``w = K softmax(r / T)``, where ``r_k`` is task k's mean loss over
-the last window of updates divided by that over the window before.
-"""
+"""Dynamic weight average (DWA), arXiv 1803.10704: more weight to losses that fall slowly."""
 
 from __future__ import annotations
 
@@ -46,6 +42,9 @@ def dwa(
     transform: Callable[[jax.Array], jax.Array] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Weighs the losses by how slowly they fell from one window of updates to the next.
+
+    ``objective = Σ_k w_k l_k`` with ``w = K softmax(r / T)``, where ``r_k`` is task k's mean loss
+    over the last window of updates divided by that over the window before.
 
     Two kinds of window are in use. They follow one another (default): with ``window`` the number of
     updates per epoch this is the paper's method, as in LibMTL and TorchJD, and the weights are 1
@@ -93,7 +92,10 @@ def dwa(
         Liu et al., *End-to-End Multi-Task Learning with Attention*, arXiv 1803.10704.
     """
     checks.number("temperature", temperature, minimum=0, exclusive=True, schedule=True)
-    checks.number("window", window, minimum=1)
+    checks.flag("sliding", sliding)
+    checks.number("window", window, minimum=1, whole=True, static=sliding)
+    if transform is not None:
+        checks.function("transform", transform)
     if sum_to not in ("one", "tasks"):
         raise ValueError(f'sum_to must be "one" or "tasks"; got {sum_to!r}.')
 

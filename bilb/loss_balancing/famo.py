@@ -1,9 +1,4 @@
-"""FAMO, arXiv 2306.03792: decrease all log losses at the same rate, from losses alone.
-
-With ``D = l - l_min + ε`` and ``z = softmax(ξ)``, the model follows ``Σ_k z_k log D_k / c`` with
-``c = Σ_k z_k / D_k`` held constant; after the model's step the logits follow the change of the
-losses on the same batch, ``ξ ← ξ - optimizer((diag z - z zᵀ) (log D_before - log D_after) + γ ξ)``.
-"""
+"""FAMO, arXiv 2306.03792: decrease all log losses at the same rate, from losses alone."""
 
 from __future__ import annotations
 
@@ -37,6 +32,11 @@ def famo(
 ) -> optax.GradientTransformationExtraArgs:
     """Fast adaptive multitask optimisation: one extra forward pass a step, no task gradients.
 
+    With ``D = l - l_min + ε`` and ``z = softmax(ξ)``, the model follows ``Σ_k z_k log D_k / c``
+    with ``c = Σ_k z_k / D_k`` held constant; after the model's step the logits follow the change of
+    the losses on the same batch, ``ξ ← ξ - optimizer((diag z - z zᵀ) (log D_before - log D_after) +
+    γ ξ)``.
+
     ``losses_after`` are the losses of the previous call's batch at the parameters after that step;
     give zeros at the first call, when nothing is learnt. :func:`bilb.value_and_grad` keeps them:
     ``state = value_and_grad.after(params, state, *args)`` after the optimiser's step.
@@ -58,7 +58,8 @@ def famo(
             TorchJD; the official repository has 1e-2 (``famo.py`` and its command line) and 1e-5
             (its class of methods).
         optimizer: Optax optimiser of the logits, with a decay of its own, in place of ``gamma``;
-            ``optax.chain(optax.add_decayed_weights(gamma), optax.adam(0.025))`` if None.
+            ``optax.chain(optax.add_decayed_weights(gamma), optax.adam(0.025))``,
+            Adam at 0.025, if None.
 
     Returns:
         A loss transformation; ``update(losses, state, *, losses_after)``. Its state has the fields
@@ -85,7 +86,7 @@ def famo(
     References:
         Liu et al., *FAMO: Fast Adaptive Multitask Optimization*, 2023, Algorithm 1.
     """
-    checks.number("gamma", gamma, minimum=0, schedule=True)
+    checks.number("gamma", gamma, minimum=0, schedule=True, optional=True)
     checks.number("min_losses", min_losses, per_task=True)
     if optimizer is None:
         gamma = 1e-3 if gamma is None else gamma
@@ -95,7 +96,7 @@ def famo(
             f"gamma is the decay of the default optimizer; got gamma={gamma} beside another one. "
             "Put optax.add_decayed_weights(gamma) in front of it instead."
         )
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = checks.optimizer("optimizer", optimizer, optimizer)
 
     def init(num_tasks, dtype):
         checks.per_task("min_losses", min_losses, num_tasks)

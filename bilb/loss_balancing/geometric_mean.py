@@ -1,7 +1,4 @@
-"""Geometric loss strategy (GLS), arXiv 1904.08492: the geometric mean of the losses.
-
-``objective = (Π_k l_k)^(1/K)``
-"""
+"""Geometric loss strategy (GLS), arXiv 1904.08492: the geometric mean of the losses."""
 
 from __future__ import annotations
 
@@ -22,6 +19,8 @@ class GeometricMeanState(NamedTuple):
 
 def geometric_mean(floor: float | jax.Array = 1e-8) -> optax.GradientTransformationExtraArgs:
     """Minimises the geometric mean of the losses, which does not depend on their units.
+
+    ``objective = (Π_k l_k)^(1/K)``
 
     Its gradient is that of the mean of the logarithms times the objective itself, so steps shrink
     with the losses. Task k's entry is ``w_k l_k`` with the weight ``w_k = objective / (K l_k)``

@@ -1,7 +1,4 @@
-"""IMTL-L, the loss balance of impartial multi-task learning, ICLR 2021.
-
-``objective = Σ_k exp(s_k) l_k - s_k``, minimised over the scales s as well
-"""
+"""IMTL-L, the loss balance of impartial multi-task learning, ICLR 2021."""
 
 from __future__ import annotations
 
@@ -25,9 +22,11 @@ class IMTLLState(NamedTuple):
 def imtl_l(
     initial: float | jax.Array = 0.0,
     *,
-    optimizer: optax.GradientTransformation = optax.adam(0.025),
+    optimizer: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Learns a scale for each loss such that all scaled losses approach 1.
+
+    ``objective = Σ_k exp(s_k) l_k - s_k``, minimised over the scales s as well
 
     Twice :func:`bilb.uncertainty_weighting` with s of the opposite sign. An aggregator after it,
     IMTL-G in the paper, sees the gradients of the scaled losses.
@@ -39,7 +38,7 @@ def imtl_l(
 
     Args:
         initial: initial s, one number or (K,); default 0, as in LibMTL and TorchJD.
-        optimizer: Optax optimiser of s. Default Adam at 0.025, the rate that the Nash-MTL family
+        optimizer: Optax optimiser of s; Adam at 0.025 if None, the rate that the Nash-MTL family
             gives to learnt weights; LibMTL trains s with the model's optimiser.
 
     Returns:

@@ -30,7 +30,7 @@ def scalarization(
             present tasks.
         reference: z.
     """
-    checks.number("preference", preference, minimum=0, per_task=True, schedule=True)
+    checks.number("preference", preference, minimum=0, per_task=True, schedule=True, optional=True)
     checks.number("reference", reference, per_task=True, schedule=True)
     default = preference
 
@@ -51,7 +51,7 @@ def scalarization(
         return state_type(step, ones)
 
     def update(losses, state, *, mask, preference=None, **_):
-        checks.number("preference", preference, minimum=0, per_task=True)
+        checks.number("preference", preference, minimum=0, per_task=True, optional=True)
         z, lamb = of_tasks(losses, preference, mask, state.step)
         present = base.present(losses, mask)
         u = jnp.where(present, jax.lax.stop_gradient(losses) - z, 0.0)
@@ -107,7 +107,7 @@ def learnt_exponents(
     weight: Callable[[jax.Array], jax.Array],
     charge: Callable[[jax.Array], jax.Array],
     initial: float | jax.Array,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | None,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes ``Σ_k w(s_k) l_k + c(s_k)`` the objective and minimises it over the exponents s, too.
 
@@ -120,10 +120,10 @@ def learnt_exponents(
         weight: w, elementwise, an exponential.
         charge: c, elementwise.
         initial: initial s, one number or (K,).
-        optimizer: Optax optimiser of s.
+        optimizer: Optax optimiser of s; Adam at 0.025 if None.
     """
     checks.number("initial", initial, per_task=True)
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = checks.optimizer("optimizer", optimizer, optax.adam(0.025))
 
     def bounded(s):
         bound = 0.5 * math.log(float(jnp.finfo(s.dtype).max))

@@ -1,7 +1,4 @@
-"""Linear scalarisation (LS), also called equal weighting: the weighted sum with fixed weights.
-
-``objective = Σ_k w_k l_k``
-"""
+"""Linear scalarisation (LS), also called equal weighting: the weighted sum with fixed weights."""
 
 from __future__ import annotations
 
@@ -26,6 +23,8 @@ def linear_scalarization(
 ) -> optax.GradientTransformationExtraArgs:
     """Weighs the losses with constants; the plain sum by default.
 
+    ``objective = Σ_k w_k l_k``
+
     A non-finite loss stays in its own entry.
 
     Args:
@@ -47,7 +46,7 @@ def linear_scalarization(
         [2. 3.] [1.  0.1]
     """
     weights = 1.0 if weights is None else weights
-    checks.number("weights", weights, minimum=0, per_task=True, schedule=True)
+    checks.number("weights", weights, minimum=0, per_task=True, schedule=True, optional=True)
 
     def init(num_tasks, dtype):
         step = base.new_step()

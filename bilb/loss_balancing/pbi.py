@@ -1,9 +1,4 @@
-"""Penalty-based boundary intersection (PBI), doi 10.1109/TEVC.2007.892759.
-
-``objective = d1 + θ d2``, with the losses seen from a reference point z, ``u = l - z``: their
-length ``d1 = λᵀu / ‖λ‖`` along the preference λ, and their distance ``d2 = ‖u - d1 λ / ‖λ‖‖`` from
-the ray along λ
-"""
+"""Penalty-based boundary intersection (PBI), doi 10.1109/TEVC.2007.892759."""
 
 from __future__ import annotations
 
@@ -34,6 +29,10 @@ def pbi(
     reference: jax.Array | float | optax.Schedule = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Descends along a ray through loss space and penalises the distance from it.
+
+    ``objective = d1 + θ d2``, with the losses seen from a reference point z, ``u = l - z``: their
+    length ``d1 = λᵀu / ‖λ‖`` along the preference λ, and their distance ``d2 = ‖u - d1 λ / ‖λ‖‖``
+    from the ray along λ
 
     The solution lies where the ray from the reference point along the preference meets the Pareto
     front: the losses end up in the ratio of the preferences. The effective weight of a task far

@@ -1,9 +1,4 @@
-"""ReLoBRaLo, relative loss balancing with random lookback, arXiv 2110.09813.
-
-``objective = Σ_k λ_k l_k`` with ``b(t, s) = K softmax(l(t) / (T l(s)))`` and
-
-``λ(t) = α (ρ λ(t-1) + (1 - ρ) b(t, 0)) + (1 - α) b(t, t-1)``, ρ a fresh coin, 0 or 1, at every step
-"""
+"""ReLoBRaLo, relative loss balancing with random lookback, arXiv 2110.09813."""
 
 from __future__ import annotations
 
@@ -35,6 +30,11 @@ def relobralo(
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Weighs the losses by their progress since the last step and, now and then, since the first.
+
+    ``objective = Σ_k λ_k l_k`` with ``b(t, s) = K softmax(l(t) / (T l(s)))`` and
+
+    ``λ(t) = α (ρ λ(t-1) + (1 - ρ) b(t, 0)) + (1 - α) b(t, t-1)``, ρ a fresh coin, 0 or 1, at every
+    step
 
     A running mean with memory ``alpha`` of weights by the progress of one step; at a random share
     ``1 - rho`` of the steps the memory is replaced by weights by the progress since the start.
@@ -73,6 +73,7 @@ def relobralo(
         Bischof and Kraus, *Multi-Objective Loss Balancing for Physics-Informed Deep Learning*,
         arXiv 2110.09813.
     """
+    checks.key(key)
     checks.number("alpha", alpha, minimum=0, maximum=1)
     checks.number("temperature", temperature, minimum=0, exclusive=True)
     checks.number("rho", rho, minimum=0, maximum=1)

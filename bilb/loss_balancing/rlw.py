@@ -1,7 +1,4 @@
-"""Random loss weighting (RLW), arXiv 2111.10603: new random weights at every step.
-
-``objective = Σ_k w_k l_k`` with ``w = softmax(z)``, ``z ~ N(0, I)``
-"""
+"""Random loss weighting (RLW), arXiv 2111.10603: new random weights at every step."""
 
 from __future__ import annotations
 
@@ -25,10 +22,12 @@ class RLWState(NamedTuple):
 def rlw(
     *,
     sum_to: Literal["one", "tasks"] = "one",
-    sample: Callable[..., jax.Array] = jax.random.normal,
+    sample: Callable[..., jax.Array] | None = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Weighs the losses with the softmax of fresh random numbers at every step.
+
+    ``objective = Σ_k w_k l_k`` with ``w = softmax(z)``, ``z ~ N(0, I)``
 
     Beside plain summation it is the baseline that a method which learns weights has to beat. Chain
     :func:`bilb.log_losses` in front for its logarithmic form. The weights are positive; with a
@@ -37,8 +36,8 @@ def rlw(
     Args:
         sum_to: "one" for weights of sum 1 (the paper, LibMTL and most others) or "tasks" for
             weights of sum K (the IGB code), which keep the scale of a plain sum of the losses.
-        sample: ``(key, shape, dtype) -> z``, the distribution of the logits; the standard normal
-            by default, ``jax.random.uniform`` is another one from the paper.
+        sample: ``(key, shape, dtype) -> z``, the distribution of the logits; ``jax.random.normal``
+            if None, ``jax.random.uniform`` is another one from the paper.
         key: seed or JAX key.
 
     Returns:
@@ -60,6 +59,9 @@ def rlw(
         Lin et al., *Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task
         Learning*, arXiv 2111.10603.
     """
+    sample = jax.random.normal if sample is None else sample
+    checks.function("sample", sample)
+    checks.key(key)
     if sum_to not in ("one", "tasks"):
         raise ValueError(f'sum_to must be "one" or "tasks"; got {sum_to!r}.')
 

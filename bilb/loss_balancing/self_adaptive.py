@@ -1,7 +1,4 @@
-"""Self-adaptive weights, arXiv 2009.04544, one a task: the weights ascend the weighted loss.
-
-``min_x max_{λ >= 0} Σ_k λ_k^q l_k(x)``, by descent of the model and ascent of λ at the same time
-"""
+"""Self-adaptive weights, arXiv 2009.04544, one a task: the weights ascend the weighted loss."""
 
 from __future__ import annotations
 
@@ -26,9 +23,12 @@ def self_adaptive(
     exponent: float | jax.Array = 2.0,
     *,
     initial: float | jax.Array = 1.0,
-    optimizer: optax.GradientTransformation = optax.adam(5e-3),
+    optimizer: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Learns weights by gradient ascent, so that a task weighs more the longer its loss is large.
+
+    ``min_x max_{λ >= 0} Σ_k λ_k^q l_k(x)``, by descent of the model and ascent of λ at the same
+    time
 
     The paper has a weight for every training point; this is the form with one for every loss, as
     for its initial and boundary conditions. Since losses are positive, weights only ever grow, and
@@ -42,8 +42,8 @@ def self_adaptive(
         exponent: q >= 1 of the paper's mask function m(λ) = λ^q. Default 2; 1 makes λ itself the
             weight.
         initial: initial λ >= 0, one number or (K,); with q > 1 a λ of 0 stays 0.
-        optimizer: Optax optimiser of λ, which is given the negative gradient; default Adam at
-            0.005, the paper's rate depends on the problem.
+        optimizer: Optax optimiser of λ, which is given the negative gradient; Adam at 5e-3 if
+            None, the paper's rate depends on the problem.
 
     Returns:
         A loss transformation whose state has the fields ``scales`` (K,), ``weights`` (K,) and
@@ -69,7 +69,7 @@ def self_adaptive(
     """
     checks.number("exponent", exponent, minimum=1)
     checks.number("initial", initial, minimum=0, per_task=True)
-    optimizer = optax.with_extra_args_support(optimizer)
+    optimizer = checks.optimizer("optimizer", optimizer, optax.adam(5e-3))
 
     def init(num_tasks, dtype):
         initial_scales = checks.per_task("initial", initial, num_tasks)

@@ -1,8 +1,4 @@
-"""SoftAdapt, arXiv 1912.12355: more weight to losses that fall slowly from update to update.
-
-``objective = Σ_k w_k l_k`` with ``w = softmax(β s)``, where ``s_k`` is task k's rate of change
-since the previous update.
-"""
+"""SoftAdapt, arXiv 1912.12355: more weight to losses that fall slowly from update to update."""
 
 from __future__ import annotations
 
@@ -33,6 +29,9 @@ def softadapt(
     loss_weighted: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Weighs the losses by the softmax of their changes since the previous update.
+
+    ``objective = Σ_k w_k l_k`` with ``w = softmax(β s)``, where ``s_k`` is task k's rate of change
+    since the previous update.
 
     The rate of change s of a task is
 

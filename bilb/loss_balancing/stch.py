@@ -1,9 +1,4 @@
-"""Smooth Tchebycheff scalarisation (STCH), arXiv 2402.19078: a smooth maximum of the losses.
-
-* :func:`stch`: ``objective = μ log Σ_k exp(λ_k (l_k - z_k) / μ)``
-* :func:`stch_nadir`: ``objective = K μ log Σ_k exp(log(l_k / n_k) / μ)``, n the nadir point, the
-  mean losses of an early epoch
-"""
+"""Smooth Tchebycheff scalarisation (STCH), arXiv 2402.19078: a smooth maximum of the losses."""
 
 from __future__ import annotations
 
@@ -40,6 +35,9 @@ def stch(
     reference: jax.Array | float | optax.Schedule = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Minimises a smooth maximum of the preference-weighted distances to a reference point.
+
+    ``objective = μ log Σ_k exp(λ_k (l_k - z_k) / μ)``, with the preference λ and the reference
+    point z
 
     Unlike a weighted sum it reaches every point of the Pareto front, convex or not. Task k's
     effective weight is ``λ_k softmax(λ (l - z) / μ)_k``: not negative, and of sum 1 / K for the
@@ -97,13 +95,15 @@ def stch_nadir(
 ) -> optax.GradientTransformationExtraArgs:
     """Smooth Tchebycheff scalarisation of the log ratios of the losses to their nadir point.
 
+    ``objective = K μ log Σ_k exp(log(l_k / n_k) / μ)``, n the nadir point, the mean losses of an
+    early epoch
+
     The form of the official multi-task code and of LibMTL. During the first ``nadir_start``
     updates the objective is the sum of the logarithms. During the next ``nadir_steps`` it still is,
-    and the mean loss of each task is taken as its nadir ``n_k``. From then on it is
-    ``K μ log Σ_k (l_k / n_k)^(1/μ)``. The official code, which counts epochs, is
-    ``nadir_start=4 * steps_per_epoch, nadir_steps=steps_per_epoch``. It also leaves the largest
-    log ratio, held constant, out of the value; ours is the value of the formula, and the gradient
-    is the same.
+    and the mean loss of each task is taken as its nadir ``n_k``. The official code, which
+    counts epochs, is ``nadir_start=4 * steps_per_epoch, nadir_steps=steps_per_epoch``. It also
+    leaves the largest log ratio, held constant, out of the value; ours is the value of the formula,
+    and the gradient is the same.
 
     The effective weights are not negative and ``Σ_k w_k l_k = K``. A task that was absent or
     non-finite takes its ``nadir_steps`` losses later and keeps its own logarithm in the objective
@@ -141,8 +141,8 @@ def stch_nadir(
         arXiv 2402.19078, multi-task experiments of the official code.
     """
     checks.number("mu", mu, minimum=0, exclusive=True, schedule=True)
-    checks.number("nadir_start", nadir_start, minimum=0)
-    checks.number("nadir_steps", nadir_steps, minimum=1)
+    checks.number("nadir_start", nadir_start, minimum=0, whole=True)
+    checks.number("nadir_steps", nadir_steps, minimum=1, whole=True)
     checks.number("floor", floor, minimum=0, exclusive=True)
 
     def init(num_tasks, dtype):

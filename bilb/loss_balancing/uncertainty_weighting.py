@@ -1,7 +1,4 @@
-"""Uncertainty weighting (UW), arXiv 1705.07115: learnt homoscedastic uncertainty of every task.
-
-``objective = Σ_k ½ (exp(-s_k) l_k + s_k)``, minimised over the log variances s as well
-"""
+"""Uncertainty weighting (UW), arXiv 1705.07115: learnt homoscedastic uncertainty of every task."""
 
 from __future__ import annotations
 
@@ -25,9 +22,11 @@ class UncertaintyWeightingState(NamedTuple):
 def uncertainty_weighting(
     initial: float | jax.Array = 0.0,
     *,
-    optimizer: optax.GradientTransformation = optax.adam(0.025),
+    optimizer: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Divides each loss by a learnt variance, and charges for the logarithm of that variance.
+
+    ``objective = Σ_k ½ (exp(-s_k) l_k + s_k)``, minimised over the log variances s as well
 
     At the optimum in s the variance equals the loss, so the method follows the logarithms of the
     losses with the delay of ``optimizer``. ``bilb.chain(bilb.log_losses(),
@@ -41,7 +40,7 @@ def uncertainty_weighting(
     Args:
         initial: initial s, one number or (K,). Default 0, as in Nash-MTL, FAMO and TorchJD; LibMTL
             uses -0.5.
-        optimizer: Optax optimiser of s. Default Adam at 0.025, as in the Nash-MTL family; LibMTL
+        optimizer: Optax optimiser of s; Adam at 0.025 if None, as in the Nash-MTL family; LibMTL
             trains s with the model's optimiser and learning rate.
 
     Returns:

@@ -1,11 +1,4 @@
-"""Auto-Lambda, arXiv 2202.03091: task weights that lower the validation loss of primary tasks.
-
-With training losses l and validation losses v, one virtual step of gradient descent:
-
-* ``θ' = θ - α Σ_k λ_k ∇l_k(θ)``
-* ``λ ← λ - β ∂/∂λ Σ_{k primary} v_k(θ')``, where ``∂/∂λ_k = -α ⟨∇l_k(θ), Σ_j ∇v_j(θ')⟩``
-* ``θ ← optimiser(Σ_k λ_k ∇l_k(θ))``
-"""
+"""Auto-Lambda, arXiv 2202.03091: task weights that lower the validation loss of primary tasks."""
 
 from __future__ import annotations
 
@@ -36,9 +29,15 @@ def auto_lambda(
     inner_learning_rate: base.Scalar,
     primary: jax.Array | float = 1.0,
     initial: float | jax.Array = 0.1,
-    weights_optimizer: optax.GradientTransformation = optax.adam(1e-4),
+    weights_optimizer: optax.GradientTransformation | None = None,
 ) -> base.TrainingStep:
     """Makes a training step that learns the weights of the training losses on validation data.
+
+    With training losses l and validation losses v, one virtual step of gradient descent:
+
+    * ``θ' = θ - α Σ_k λ_k ∇l_k(θ)``
+    * ``λ ← λ - β ∂/∂λ Σ_{k primary} v_k(θ')``, where ``∂/∂λ_k = -α ⟨∇l_k(θ), Σ_j ∇v_j(θ')⟩``
+    * ``θ ← optimiser(Σ_k λ_k ∇l_k(θ))``
 
     The official code approximates the hypergradient by finite differences. The virtual step is
     linear in λ, so it is exact at the price of one product of the training losses' Jacobian with a
@@ -51,14 +50,15 @@ def auto_lambda(
     makes λ non-finite.
 
     Args:
-        task_losses: ``task_losses(params, batch) -> losses (K,)``, for batches of both kinds.
+        task_losses: ``task_losses(params, batch) -> losses``, (K,) or a dict, list or tuple of
+            scalars, for batches of both kinds.
         optimizer: Optax optimiser of the model.
         inner_learning_rate: α > 0 of the virtual step; a number, a traced scalar or a schedule of
             the state's ``step``. The official code uses the model's current learning rate.
         primary: weights of the validation losses, one number or (K,); 1 for all tasks by default,
             0 for tasks that are auxiliary.
         initial: initial λ >= 0, one number or (K,); default 0.1, as in the official code.
-        weights_optimizer: Optax optimiser of λ; default Adam at the official 1e-4.
+        weights_optimizer: Optax optimiser of λ; Adam at 1e-4, as in the official code, if None.
 
     Returns:
         A :class:`bilb.TrainingStep`: ``state = init(params, batch)`` and ``params, state, losses =
@@ -86,6 +86,8 @@ def auto_lambda(
     checks.number(
         "inner_learning_rate", inner_learning_rate, minimum=0, exclusive=True, schedule=True
     )
+    optimizer = checks.optimizer("optimizer", optimizer, optimizer)
+    weights_optimizer = checks.optimizer("weights_optimizer", weights_optimizer, optax.adam(1e-4))
     checks.number("primary", primary, per_task=True)
     checks.number("initial", initial, minimum=0, per_task=True)
 

@@ -1,14 +1,4 @@
-"""The first, double-loop algorithm of BiLB4MTL, arXiv 2502.08585, Algorithm 1.
-
-The penalty form of the bilevel problem, ``min_{W,x} λ f(W, x) + g(W, x) - min_z g(W, z)`` (λ the
-inverse of the paper's), with ``z ≈ argmin_z g(W, z)`` tracked by N inner steps:
-
-* ``z ← z - α ∇_z g(W, z)``, N times
-* ``x ← x - ∂/∂x [λ f(W, x) + g(W, x)]``
-* ``W ← W - ∂/∂W [λ f(W, x) + g(W, x) - g(W, z)]``
-
-The single-loop :func:`bilb.bilb4mtl` drops the term in z.
-"""
+"""The first, double-loop algorithm of BiLB4MTL, arXiv 2502.08585, Algorithm 1."""
 
 from __future__ import annotations
 
@@ -19,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base, checks
+from bilb import base, checks, names
 from bilb.bilevel import discrepancies, routers
 from bilb.bilevel.bilb4mtl import balanced_losses
 from bilb.training_steps.step import descend, move, training_step
@@ -44,13 +34,22 @@ def bilb4mtl_double_loop(
     inner_optimizer: optax.GradientTransformation,
     inner_steps: int = 10,
     penalty: base.Scalar = 0.01,
-    router: routers.Router = routers.sigmoid(),
-    discrepancy: Callable[..., jax.Array] = discrepancies.adjacent,
+    router: routers.Router | None = None,
+    discrepancy: Callable[..., jax.Array] | None = None,
     weighted: bool = True,
     divisor: Literal["sum", "stop_gradient_sum"] | None = None,
-    router_optimizer: optax.GradientTransformation = optax.adam(1e-3),
+    router_optimizer: optax.GradientTransformation | None = None,
 ) -> base.TrainingStep:
     """Makes a training step of the double-loop algorithm: model, router and inner copy together.
+
+    The penalty form of the bilevel problem, ``min_{W,x} λ f(W, x) + g(W, x) - min_z g(W, z)`` (λ
+    the inverse of the paper's), with ``z ≈ argmin_z g(W, z)`` tracked by N inner steps:
+
+    * ``z ← z - α ∇_z g(W, z)``, N times
+    * ``x ← x - ∂/∂x [λ f(W, x) + g(W, x)]``
+    * ``W ← W - ∂/∂W [λ f(W, x) + g(W, x) - g(W, z)]``
+
+    The single-loop :func:`bilb.bilb4mtl` drops the term in z.
 
     Its router follows the gradient of the penalty problem itself, which keeps the weights from
     shrinking merely to make the scalarised loss small. Want it to study the bilevel problem or to
@@ -62,16 +61,17 @@ def bilb4mtl_double_loop(
     Routers that read features are not supported.
 
     Args:
-        task_losses: ``task_losses(params, *args) -> losses (K,)``.
+        task_losses: ``task_losses(params, *args) -> losses``, (K,) or a dict, list or tuple of
+            scalars.
         optimizer: Optax optimiser of the model.
         inner_optimizer: Optax optimiser of the inner copy z, such as ``optax.sgd(1e-2)``.
         inner_steps: N >= 0, inner steps on z per training step, on the same batch; static.
         penalty: λ >= 0, weight of the discrepancy, as in :func:`bilb.bilb4mtl`.
-        router: the weights σ(W).
-        discrepancy: as in :func:`bilb.bilb4mtl`.
+        router: the weights σ(W); ``bilb.routers.sigmoid()`` if None.
+        discrepancy: as in :func:`bilb.bilb4mtl`; ``bilb.discrepancies.adjacent`` if None.
         weighted: as in :func:`bilb.bilb4mtl`.
         divisor: as in :func:`bilb.bilb4mtl`; g stands for g / s.
-        router_optimizer: Optax optimiser of the router.
+        router_optimizer: Optax optimiser of the router; Adam at 1e-3 if None.
 
     Returns:
         A :class:`bilb.TrainingStep`: ``state = init(params, *args)``, where z starts at the
@@ -98,8 +98,13 @@ def bilb4mtl_double_loop(
         Xiao et al., arXiv 2502.08585, Algorithm 1; the first-order penalty is that of Kwon et al.,
         2023.
     """
-    checks.number("inner_steps", inner_steps, minimum=0)
+    checks.number("inner_steps", inner_steps, minimum=0, whole=True, static=True)
     checks.number("penalty", penalty, minimum=0, schedule=True)
+    optimizer = checks.optimizer("optimizer", optimizer, optimizer)
+    inner_optimizer = checks.optimizer("inner_optimizer", inner_optimizer, inner_optimizer)
+    router_optimizer = checks.optimizer("router_optimizer", router_optimizer, optax.adam(1e-3))
+    router = routers.sigmoid() if router is None else router
+    discrepancy = discrepancies.adjacent if discrepancy is None else discrepancy
     balance = balanced_losses(router, discrepancy, weighted=weighted, divisor=divisor)
 
     def init(params, num_tasks, dtype):
@@ -119,7 +124,8 @@ def bilb4mtl_double_loop(
         current = base.at_step(penalty, state.step)
 
         def scalarised(parameters, z):
-            return balance(parameters, task_losses(z, *args), None, None, 0.0)[0].sum()
+            losses = names.stack(task_losses(z, *args))
+            return balance(parameters, losses, None, None, 0.0)[0].sum()
 
         by_z = lambda z: jax.grad(scalarised, argnums=1)(state.router, z)
         z, inner_opt_state = descend(
@@ -127,7 +133,7 @@ def bilb4mtl_double_loop(
         )
 
         def objective(params, parameters):
-            losses = task_losses(params, *args)
+            losses = names.stack(task_losses(params, *args))
             balanced, weights = balance(parameters, losses, None, None, current)
             value = balanced.sum() - scalarised(parameters, jax.lax.stop_gradient(z))
             return value, (losses, weights)

@@ -1,17 +1,4 @@
-"""FORUM, arXiv 2401.09257: a first-order method for bilevel problems with many objectives.
-
-With training losses l, validation losses v and weights ``w = softmax(α)``, the problem is
-``min_{α,θ} (v_1(θ), ..., v_K(θ))`` subject to ``q(α, θ) <= 0``, where
-
-* ``q(α, θ) = f(α, θ) - f(α, θ_T)``, ``f(α, θ) = Σ_k w_k l_k(θ)``, and ``θ_T`` is T steps of
-  gradient descent on f from θ, held constant
-
-Each step descends along the d that lowers all validation losses most while it lowers q,
-``min_d max_j ⟨∇v_j, d⟩ + ½‖d‖²`` subject to ``⟨∇q, d⟩ <= -ρ‖∇q‖²``:
-
-* ``-d = Σ_j λ_j ∇v_j + ν(λ) ∇q`` with ``ν(λ) = max(Σ_j λ_j (ρ - ⟨∇q, ∇v_j⟩ / ‖∇q‖²), 0)``
-* ``λ* = argmin_{λ ∈ Δ} ½ ‖Σ_j λ_j ∇v_j + ν(λ) ∇q‖² - ρ ‖∇q‖² ν(λ)``, and λ follows λ* slowly
-"""
+"""FORUM, arXiv 2401.09257: a first-order method for bilevel problems with many objectives."""
 
 from __future__ import annotations
 
@@ -22,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base, checks, grams, jacobian
+from bilb import base, checks, grams, jacobian, names
 from bilb.gradient_balancing import solvers
 from bilb.training_steps.step import descend, move, training_losses, training_step
 
@@ -45,11 +32,23 @@ def forum(
     inner_learning_rate: base.Scalar,
     inner_steps: int = 5,
     rho: base.Scalar = 0.1,
-    averaging: base.Scalar = lambda step: (step + 1.0) ** -0.75,
+    averaging: base.Scalar | None = None,
     normalize: bool = True,
-    logits_optimizer: optax.GradientTransformation = optax.adam(1e-3),
+    logits_optimizer: optax.GradientTransformation | None = None,
 ) -> base.TrainingStep:
     """Makes a training step on validation losses with the training problem as a constraint.
+
+    With training losses l, validation losses v and weights ``w = softmax(α)``, the problem is
+    ``min_{α,θ} (v_1(θ), ..., v_K(θ))`` subject to ``q(α, θ) <= 0``, where
+
+    * ``q(α, θ) = f(α, θ) - f(α, θ_T)``, ``f(α, θ) = Σ_k w_k l_k(θ)``, and ``θ_T`` is T steps of
+      gradient descent on f from θ, held constant
+
+    Each step descends along the d that lowers all validation losses most while it lowers q,
+    ``min_d max_j ⟨∇v_j, d⟩ + ½‖d‖²`` subject to ``⟨∇q, d⟩ <= -ρ‖∇q‖²``:
+
+    * ``-d = Σ_j λ_j ∇v_j + ν(λ) ∇q`` with ``ν(λ) = max(Σ_j λ_j (ρ - ⟨∇q, ∇v_j⟩ / ‖∇q‖²), 0)``
+    * ``λ* = argmin_{λ ∈ Δ} ½ ‖Σ_j λ_j ∇v_j + ν(λ) ∇q‖² - ρ ‖∇q‖² ν(λ)``, and λ follows λ* slowly
 
     Model and weights move together; no derivative of the lower level's solution is needed. A step
     costs T + 2 backward passes for q and the update, K backward and K + 1 forward-mode passes for
@@ -59,7 +58,8 @@ def forum(
     A non-finite loss makes the logits non-finite.
 
     Args:
-        task_losses: ``task_losses(params, batch) -> losses (K,)``, for batches of both kinds.
+        task_losses: ``task_losses(params, batch) -> losses``, (K,) or a dict, list or tuple of
+            scalars, for batches of both kinds.
         optimizer: Optax optimiser of the model, which receives the θ part of -d.
         inner_learning_rate: step size > 0 of the T inner steps; a number, a traced scalar or a
             schedule of the state's ``step``. The official code uses 0.1 for NYU-v2 and Office, 0.01
@@ -68,11 +68,11 @@ def forum(
         rho: ρ >= 0, the relative decrease of q; a number, a traced scalar or a schedule. Default
             0.1, as in the official code.
         averaging: β in ``λ ← λ + β (λ* - λ)``, in [0, 1]; a number, a traced scalar or a schedule.
-            The default is ``(step + 1)^(-3/4)``; the official code counts epochs instead of steps.
+            ``(step + 1)^(-3/4)`` if None; the official code counts epochs instead of steps.
             λ starts at 1 / K, so that it sums to 1 whatever β is. The official code starts at zero,
             which is the same for its β of 1 at first.
         normalize: whether the ∇v_j are divided by their norms, as in the official code; static.
-        logits_optimizer: Optax optimiser of α; default Adam at the official 1e-3.
+        logits_optimizer: Optax optimiser of α; Adam at 1e-3, as in the official code, if None.
 
     Returns:
         A :class:`bilb.TrainingStep`: ``state = init(params, batch)`` and ``params, state, losses =
@@ -101,8 +101,12 @@ def forum(
     checks.number(
         "inner_learning_rate", inner_learning_rate, minimum=0, exclusive=True, schedule=True
     )
-    checks.number("inner_steps", inner_steps, minimum=1)
+    optimizer = checks.optimizer("optimizer", optimizer, optimizer)
+    logits_optimizer = checks.optimizer("logits_optimizer", logits_optimizer, optax.adam(1e-3))
+    checks.number("inner_steps", inner_steps, minimum=1, whole=True, static=True)
     checks.number("rho", rho, minimum=0, schedule=True)
+    averaging = (lambda step: (step + 1.0) ** -0.75) if averaging is None else averaging
+    checks.flag("normalize", normalize)
     checks.number("averaging", averaging, minimum=0, maximum=1, schedule=True)
 
     def init(params, num_tasks, dtype):
@@ -119,20 +123,18 @@ def forum(
     def update(params, state, batch, validation_batch):
         dtype = state.logits.dtype
         weights, softmax_pullback = jax.vjp(jax.nn.softmax, state.logits)
-        f_gradient = lambda p: jacobian.linearize(task_losses, p, batch)[1](weights)
-        losses, pullback, _ = jacobian.linearize(task_losses, params, batch)
+        f_gradient = lambda p: jacobian.linearized(task_losses, p, batch).pullback(weights)
+        losses, pullback, _ = jacobian.linearized(task_losses, params, batch)
         descent = optax.sgd(base.at_step(inner_learning_rate, state.step))
         inner_params, _ = descend(descent, f_gradient, params, descent.init(params), inner_steps)
-        inner_losses = task_losses(inner_params, batch)
+        inner_losses = names.stack(task_losses(inner_params, batch))
         # The gradient of q, in α and in θ, as a unit vector and its length.
         q_gradient = softmax_pullback((losses - inner_losses).astype(dtype))[0], pullback(weights)
         q_norm = optax.tree.norm(q_gradient).astype(dtype)
         safe_norm = jnp.where(q_norm == 0, 1.0, q_norm)
         q_logits, q_params = jax.tree.map(lambda g: (g / safe_norm).astype(g.dtype), q_gradient)
 
-        validation = jacobian.Linearization(
-            *jacobian.linearize(task_losses, params, validation_batch)
-        )
+        validation = jacobian.linearized(task_losses, params, validation_batch)
         gram = grams.of_linearization(validation)
         slopes = validation.pushforward(q_params).astype(dtype)
         lengths = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0.0))

@@ -1,12 +1,4 @@
-"""Multi-objective meta learning (MOML), NeurIPS 2021: every task's validation loss is an objective.
-
-With training losses l, validation losses v and weights ``w = softmax(α)``:
-
-* lower level, one step: ``θ' = θ - η Σ_k w_k ∇l_k(θ)``
-* upper level: ``min_α (v_1(θ'), ..., v_K(θ'))``, along MGDA's common descent direction
-  ``Σ_j λ_j ∂v_j/∂α`` of the K hypergradients, ``λ = argmin_{λ ∈ Δ} ‖Σ_j λ_j ∂v_j/∂α‖``
-* ``θ ← optimiser(Σ_k w_k ∇l_k(θ))``
-"""
+"""Multi-objective meta learning (MOML), NeurIPS 2021: every validation loss is an objective."""
 
 from __future__ import annotations
 
@@ -38,9 +30,16 @@ def moml(
     optimizer: optax.GradientTransformation,
     *,
     inner_learning_rate: base.Scalar,
-    logits_optimizer: optax.GradientTransformation = optax.adam(1e-3),
+    logits_optimizer: optax.GradientTransformation | None = None,
 ) -> base.TrainingStep:
     """Makes a training step that learns weights for which no validation loss suffers.
+
+    With training losses l, validation losses v and weights ``w = softmax(α)``:
+
+    * lower level, one step: ``θ' = θ - η Σ_k w_k ∇l_k(θ)``
+    * upper level: ``min_α (v_1(θ'), ..., v_K(θ'))``, along MGDA's common descent direction
+      ``Σ_j λ_j ∂v_j/∂α`` of the K hypergradients, ``λ = argmin_{λ ∈ Δ} ‖Σ_j λ_j ∂v_j/∂α‖``
+    * ``θ ← optimiser(Σ_k w_k ∇l_k(θ))``
 
     The lower level is one step, as in the experiments of the paper. It is linear in the weights, so
     the hypergradients ``∂v_j/∂α = -η ⟨∇v_j(θ'), ∇l_k(θ)⟩ ∂w_k/∂α`` are exact without second
@@ -54,12 +53,13 @@ def moml(
     away from the model.
 
     Args:
-        task_losses: ``task_losses(params, batch) -> losses (K,)``, for batches of both kinds.
+        task_losses: ``task_losses(params, batch) -> losses``, (K,) or a dict, list or tuple of
+            scalars, for batches of both kinds.
         optimizer: Optax optimiser of the model.
         inner_learning_rate: η > 0 of the lower level's step; a number, a traced scalar or a
             schedule of the state's ``step``. The official code uses the model's learning rate,
             LibMTL 0.1.
-        logits_optimizer: Optax optimiser of α; default Adam at the official 1e-3.
+        logits_optimizer: Optax optimiser of α; Adam at 1e-3, as in the official code, if None.
 
     Returns:
         A :class:`bilb.TrainingStep`: ``state = init(params, batch)`` and ``params, state, losses =
@@ -86,6 +86,8 @@ def moml(
     checks.number(
         "inner_learning_rate", inner_learning_rate, minimum=0, exclusive=True, schedule=True
     )
+    optimizer = checks.optimizer("optimizer", optimizer, optimizer)
+    logits_optimizer = checks.optimizer("logits_optimizer", logits_optimizer, optax.adam(1e-3))
 
     def init(params, num_tasks, dtype):
         logits = jnp.zeros(num_tasks, dtype)

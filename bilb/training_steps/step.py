@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import optax
 
-from bilb import base, checks, jacobian
+from bilb import base, checks, jacobian, names
 
 
 def training_step(
@@ -21,24 +21,28 @@ def training_step(
     """Makes a method that says which gradient the model follows a whole training step.
 
     Args:
-        task_losses: ``task_losses(params, *args) -> losses (K,)``, with the arguments of the step.
+        task_losses: ``task_losses(params, *args) -> losses``, (K,) or a flat pytree of scalars,
+            with the arguments of the step.
         optimizer: Optax optimiser of the model.
         init: ``(params, num_tasks, dtype) -> state``, a NamedTuple with the fields ``step`` and
             ``opt_state``; ``dtype`` is that of the losses, float32 at least.
-        update: ``(params, state, *args) -> (gradient, state, losses)``; the shared step moves
-            ``step`` and ``opt_state``.
+        update: ``(params, state, *args) -> (gradient, state, losses (K,))``; the shared step moves
+            ``step`` and ``opt_state``, and returns the losses as ``task_losses`` does.
     """
 
     def init_fn(params, *args):
         losses = jax.eval_shape(task_losses, params, *args)
-        num_tasks, dtype = checks.losses(losses)
-        return init(params, num_tasks, base.at_least_float32(dtype))
+        num_tasks, dtype = checks.losses(jax.eval_shape(names.stack, losses))
+        with names.known(losses):
+            return init(params, num_tasks, base.at_least_float32(dtype))
 
     def update_fn(params, state, *args):
-        gradient, new, losses = update(params, state, *args)
+        like = jax.eval_shape(task_losses, params, *args)
+        with names.known(like):
+            gradient, new, losses = update(params, state, *args)
         params, opt_state = move(optimizer, gradient, params, state.opt_state)
         step = optax.safe_increment(state.step)
-        return params, new._replace(step=step, opt_state=opt_state), losses
+        return params, new._replace(step=step, opt_state=opt_state), names.unstack(losses, like)
 
     return base.TrainingStep(init_fn, update_fn)
 
@@ -93,10 +97,10 @@ def virtual_step(
     validation_batch: Any,
 ) -> VirtualStep:
     """Takes a :class:`VirtualStep`: two forward passes and one backward pass."""
-    losses, pullback, pushforward = jacobian.linearize(task_losses, params, batch)
+    losses, pullback, pushforward = jacobian.linearized(task_losses, params, batch)
     descent = optax.sgd(learning_rate)
     ahead, _ = move(descent, pullback(weights), params, descent.init(params))
-    _, validation_pullback, _ = jacobian.linearize(task_losses, ahead, validation_batch)
+    validation_pullback = jacobian.linearized(task_losses, ahead, validation_batch).pullback
 
     def hypergradient(of_losses):
         products = pushforward(validation_pullback(of_losses))

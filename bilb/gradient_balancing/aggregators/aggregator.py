@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import arguments, base, checks, jacobian
+from bilb import arguments, base, checks, jacobian, names
 from bilb import grams as gram_engines
 
 
@@ -50,13 +50,17 @@ def aggregator(
         head_weights: ``state after the step -> `` the weights (K,) under which the gradients of
             the other parameters are summed; 1 for all if None.
     """
-    checks.number("num_tasks", num_tasks, minimum=1)
+    checks.number("num_tasks", num_tasks, minimum=1, whole=True, static=True, optional=True)
 
     def init_fn(params):
         return init(num_tasks, _where(shared, params))
 
     def update_fn(task_gradients, state, params=None, *, losses=None, mask=None, **extra):
         del extra
+        with names.known(losses):
+            return named_update_fn(task_gradients, state, params, losses, mask)
+
+    def named_update_fn(task_gradients, state, params, losses, mask):
         present = _present(task_gradients, params, mask)
         losses = _losses(losses, present)
         scales = jnp.ones(present.shape)
@@ -100,7 +104,7 @@ def aggregator(
             return None
         if losses is None:
             raise arguments.missing("losses", name)
-        losses = jnp.asarray(losses)
+        losses = jnp.asarray(names.stack(losses))
         checks.losses(losses)
         checks.shape(losses, present.shape, "losses must have an entry per task.")
         return losses.astype(base.at_least_float32(losses.dtype))

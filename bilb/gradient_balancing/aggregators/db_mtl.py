@@ -1,8 +1,4 @@
-"""DB-MTL: running means of the log losses' gradients, all scaled to the norm of the largest.
-
-``m_k ← d_t m_k + (1 - d_t) ∇ log(l_k + ε)``, ``d_t = d / t^σ``;
-``Σ_k max_j ‖m_j‖ · m_k / (‖m_k‖ + ε)``
-"""
+"""DB-MTL: running means of the log losses' gradients, all scaled to the norm of the largest."""
 
 from __future__ import annotations
 
@@ -34,6 +30,9 @@ def db_mtl(
     shared: base.PyTree = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Dual-balancing: equal gradient norms of the log losses, averaged over time.
+
+    ``m_k ← d_t m_k + (1 - d_t) ∇ log(l_k + ε)``, ``d_t = d / t^σ``;
+    ``Σ_k max_j ‖m_j‖ · m_k / (‖m_k‖ + ε)``
 
     Takes the gradients of the losses themselves and divides them by ``losses=``, the chain rule of
     the logarithm. The running means start at zero and are not corrected for it, as in LibMTL: the

@@ -1,8 +1,4 @@
-"""ExcessMTL: weights grow with the estimated excess risk, what a task has left to gain.
-
-``S_k ← S_k + g_k²``, ``e_k = Σ_p g_kp² / √(S_kp + 1e-7)``, ``w_k ∝ w_k exp(η e_k / e⁰_k)``; the
-direction is ``Σ_k w_k g_k``
-"""
+"""ExcessMTL: weights grow with the estimated excess risk, what a task has left to gain."""
 
 from __future__ import annotations
 
@@ -36,6 +32,9 @@ def excess_mtl(
     heads: Literal["weighted", "sum"] = "weighted",
 ) -> optax.GradientTransformationExtraArgs:
     """Robust multi-task learning with excess risks: more weight for tasks far from their optimum.
+
+    ``S_k ← S_k + g_k²``, ``e_k = Σ_p g_kp² / √(S_kp + 1e-7)``, ``w_k ∝ w_k exp(η e_k / e⁰_k)``; the
+    direction is ``Σ_k w_k g_k``
 
     The excess risk is a second-order estimate with the diagonal of AdaGrad, in units of its mean
     e⁰ over the first ``warmup_steps`` steps, during which the weights stay equal. One such step is
@@ -83,7 +82,7 @@ def excess_mtl(
         He et al., *Robust Multi-Task Learning with Excess Risks*, arXiv 2402.02009.
     """
     checks.number("step_size", step_size, minimum=0, exclusive=True, schedule=True)
-    checks.number("warmup_steps", warmup_steps, minimum=0)
+    checks.number("warmup_steps", warmup_steps, minimum=0, whole=True)
     jacobian.check_heads(heads)
 
     def init(num_tasks, params):

@@ -1,8 +1,4 @@
-"""GradDrop: at every coordinate, follow either the tasks that push up or those that push down.
-
-``P = ½ (1 + Σ_k g_k / Σ_k |g_k|)``, ``U ~ Uniform(0, 1)``, both of the shape of one gradient;
-``Σ_k (λ_k + (1 - λ_k) M_k) g_k`` with ``M_k = 1[P > U] 1[g_k > 0] + 1[P < U] 1[g_k < 0]``
-"""
+"""GradDrop: at every coordinate, follow either the tasks that push up or those that push down."""
 
 from __future__ import annotations
 
@@ -29,6 +25,9 @@ def graddrop(
     shared: base.PyTree = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Gradient sign dropout: drops, coordinate by coordinate, the gradients of one sign.
+
+    ``P = ½ (1 + Σ_k g_k / Σ_k |g_k|)``, ``U ~ Uniform(0, 1)``, both of the shape of one gradient;
+    ``Σ_k (λ_k + (1 - λ_k) M_k) g_k`` with ``M_k = 1[P > U] 1[g_k > 0] + 1[P < U] 1[g_k < 0]``
 
     The sign is drawn with the probability of its share of the gradients' absolute values, so a
     coordinate on which all tasks agree is summed as it is, and the expected direction at a
@@ -67,6 +66,7 @@ def graddrop(
         Chen et al., *Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign
         Dropout*, arXiv 2010.06808.
     """
+    checks.key(key)
     checks.number("leak", leak, minimum=0, maximum=1, per_task=True, schedule=False)
 
     def init(num_tasks, params):

@@ -1,8 +1,4 @@
-"""MoCo: weights by a step on the min-norm problem of tracked, not of momentary, gradients.
-
-``y_k ← y_k - β_t (y_k - ĝ_k)``, ``ĝ_k = l_k g_k / ‖g_k‖``, ``β_t = β / t^σ``;
-``λ ← softmax(λ - γ_t (y yᵀ + ρ I) λ)``, ``γ_t = γ / t^σ``; the direction is ``yᵀ λ``
-"""
+"""MoCo: weights by a step on the min-norm problem of tracked, not of momentary, gradients."""
 
 from __future__ import annotations
 
@@ -38,6 +34,9 @@ def moco(
     shared: base.PyTree = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Multi-objective gradient with correction: MGDA's weights and direction without their bias.
+
+    ``y_k ← y_k - β_t (y_k - ĝ_k)``, ``ĝ_k = l_k g_k / ‖g_k‖``, ``β_t = β / t^σ``;
+    ``λ ← softmax(λ - γ_t (y yᵀ + ρ I) λ)``, ``γ_t = γ / t^σ``; the direction is ``yᵀ λ``
 
     The min-norm weights of mini-batch gradients are biased. MoCo follows running means of the
     gradients instead, and its weights do one step per step of the model.

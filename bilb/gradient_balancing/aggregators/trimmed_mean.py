@@ -1,7 +1,4 @@
-"""Trimmed mean: at every coordinate, the mean of the task gradients without the extreme ones.
-
-``mean(sort_k(g_k)[n : K - n])`` for each coordinate, with n entries trimmed at either end
-"""
+"""Trimmed mean: at every coordinate, the mean of the task gradients without the extreme ones."""
 
 from __future__ import annotations
 
@@ -19,6 +16,8 @@ _UNROLL = 64
 
 def trimmed_mean(trim: int, *, shared: base.PyTree = True) -> optax.GradientTransformationExtraArgs:
     """Averages the task gradients without the ``trim`` largest and smallest at each coordinate.
+
+    ``mean(sort_k(g_k)[n : K - n])`` for each coordinate, with n entries trimmed at either end
 
     Robust against up to ``trim`` tasks whose gradients are arbitrary. The scale is that of the mean
     of the task gradients, 1 / K of their sum; with ``trim=0`` it is their mean.
@@ -52,7 +51,7 @@ def trimmed_mean(trim: int, *, shared: base.PyTree = True) -> optax.GradientTran
         Yin et al., *Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates*,
         arXiv 1803.01498.
     """
-    checks.number("trim", trim, minimum=0)
+    checks.number("trim", trim, minimum=0, whole=True, static=True)
 
     def init(num_tasks, params):
         del num_tasks, params
