@@ -99,13 +99,13 @@ class Options:
         tuple[str, ...],
         tyro.conf.arg(help="Methods and chains, with :GRAM:DECAY where they read Gram matrices."),
     ] = METHODS
-    learning_rates: tuple[float, ...] = (2e-3, 5e-3)
+    learning_rates: tuple[float, ...] = (5e-3, 1e-2)
     """Initial learning rates of Adam; for each method the better one counts."""
     weights: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0)
     """Weights of the losses that are not of the equation, for the method constant."""
     seeds: int = 10
     """Number of seeds, trained side by side."""
-    steps: int = 3_000
+    steps: int = 2_000
     """Training steps."""
     least: int | None = None
     """A method is in the table where all its settings have this many seeds; all by default."""
@@ -226,8 +226,8 @@ def execute(setting: Setting, seeds: Sequence[int]) -> dict[int, Run]:
     else:
         method, *of_gram = setting.method.split(":")
         gram, decay = [*of_gram, *("exact", "0")[len(of_gram) :]]
-        arguments = dict(weight=setting.weight, gram=gram, decay=float(decay), hidden=HIDDEN)
-        run = pinn.train(equation, method, **common, **arguments)
+        of_method = dict(weight=setting.weight, gram=gram, decay=float(decay))
+        run = pinn.train(equation, method, hidden=HIDDEN, course=False, **common, **of_method)
         final, validation, seconds = run.final, run.validation, run.seconds_per_step
     results = zip(seeds, final, validation)
     return {seed: Run(float(e), float(v), seconds) for seed, e, v in results}

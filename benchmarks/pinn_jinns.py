@@ -58,7 +58,7 @@ class Losses(jinns.loss.LossPDENonStatio):
         """``scheme`` is jinns' name of one, ``params`` what is trained."""
         self.task_losses, self.number = task_losses, number
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Missing boundary condition")
+            warnings.filterwarnings("ignore", message="Missing boundary|Initial condition")
             super().__init__(
                 u=None,
                 dynamic_loss=None,
@@ -123,16 +123,20 @@ def train(
     def task_losses(parameters: Any, points: Any) -> jax.Array:
         return equation.task_losses(lambda x: network.apply(parameters, x), points)
 
+    def initial(key: jax.Array) -> Any:
+        parameters = network.init(key, jnp.zeros((1, len(equation.coordinates))))
+        return jinns.parameters.Params(nn_params=parameters, eq_params=None)
+
+    loss = Losses(task_losses, number, scheme, initial(jax.random.key(0)))
+
     def run(seed: jax.Array) -> Any:
         # As in pinn.start_training; the first batch that jinns draws is not trained on.
         key, scheme_key = jax.random.split(jax.random.key(seed))
-        parameters = network.init(key, jnp.zeros((1, len(equation.coordinates))))
-        params = jinns.parameters.Params(nn_params=parameters, eq_params=None)
         solved, *_ = jinns.solve(
             n_iter=steps,
-            init_params=params,
+            init_params=initial(key),
             data=Points(equation, seed, jnp.int32(-1)),
-            loss=Losses(task_losses, number, scheme, params),
+            loss=loss,
             optimizer=schedule.optimizer(),
             verbose=False,
             ahead_of_time=False,

@@ -419,7 +419,7 @@ EQUATIONS = {
         reference=allen_cahn_reference,
     ),
     "wave": wave(),
-    "wave_slow": wave(speed=1.0, overtone=2),
+    "wave_slow": wave(speed=0.5, overtone=2),
     "navier_stokes_cavity": Equation(
         title="Navier-Stokes equations in a lid-driven cavity, Re = 100",
         coordinates=("x", "y"),

@@ -139,6 +139,7 @@ def train(
     gram: str = "exact",
     decay: float = 0.0,
     hidden: tuple[int, ...] = HIDDEN,
+    course: bool = True,
 ) -> Run:
     """Trains one method for a fixed number of steps with several seeds at once.
 
@@ -156,6 +157,7 @@ def train(
         gram: a name in `GRAMS`, the way to take Gram matrices.
         decay: of the running mean of the Gram matrix, in [0, 1).
         hidden: the widths of the network's hidden layers.
+        course: whether errors are taken in the course of the training, or only after it.
     """
     start = time.perf_counter()
     number = len(equation.losses)
@@ -181,8 +183,9 @@ def train(
             carry, records = continue_training(settings, carry, chunk, window=window, **static)
             history.append(jax.tree.map(np.asarray, records))
             seconds.append(time.perf_counter() - begin)
-            values = np.asarray(evaluate(carry[0], points, equation=equation, hidden=hidden))
-            errors.append(relative_l2(values, reference.values))
+            if course or first + length >= steps:
+                values = np.asarray(evaluate(carry[0], points, equation=equation, hidden=hidden))
+                errors.append(relative_l2(values, reference.values))
             progress.update(length)
     losses, weights = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *history)
     test, validation = np.moveaxis(errors, 0, -1)
@@ -224,7 +227,8 @@ def ingredients(
     if method.endswith("autobalance"):
         balancer = balancers.make(method, settings, METHODS)
         optimizer = balancers.one_for_each_loss(settings.optimizer(), len(equation.losses))
-        return experiment.Aggregated(task_losses, balancer, optax.identity()), optimizer
+        aggregator = optax.with_extra_args_support(optax.identity())
+        return experiment.Aggregated(task_losses, balancer, aggregator), optimizer
     driver = experiment.driver(settings, method, task_losses, known=METHODS)
     return driver, settings.optimizer()
 

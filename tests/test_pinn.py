@@ -26,7 +26,7 @@ SOLUTIONS = {
     "burgers": equations.burgers_solution,
     "burgers_viscous": lambda points: equations.burgers_solution(points, 0.1 / np.pi),
     "wave": equations.wave_solution,
-    "wave_slow": lambda points: equations.wave_solution(points, speed=1.0, overtone=2),
+    "wave_slow": lambda points: equations.wave_solution(points, speed=0.5, overtone=2),
 }
 
 

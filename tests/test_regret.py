@@ -76,7 +76,7 @@ def test_points_of_delta_m_to_the_best():
     ]
     found = regret.scores(lines)
     assert not found.ratio
-    np.testing.assert_allclose([*found.by_method["si"].values()], [5, 15])
+    np.testing.assert_allclose([*found.by_method["si"].values()], [5, 15], rtol=1e-5)
     distances = regret.regrets(found, (), 2)
     assert set(distances) == {"si", "ls"}
     assert distances["si"] == (0, 0, 0)
