@@ -412,8 +412,8 @@ def aggregate_by(
     """Makes a loss transformation the first link of an optimiser that gets stacked task gradients.
 
     ``optax.chain(bilb.aggregate_by(bilb.mgda(), num_tasks=3), optax.adam(1e-3))`` reads gradients
-    whose leaves are (K, *shape), as :func:`bilb.task_gradients` returns them, and passes on their
-    sum under the balancer's effective weights. What the balancer reads about the losses, it
+    whose leaves are ``(K, *shape)``, as :func:`bilb.task_gradients` returns them, and passes on
+    their sum under the balancer's effective weights. What the balancer reads about the losses, it
     computes from the gradients: ``gram``, ``gradient_norms``, ``slope_fn``, and the ``slopes`` of
     the previous call's step; ``losses_after`` and a mask go to ``update`` as keywords. The
     parameters are those of :func:`value_and_grad`, to rounding, unless a router reads features,

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -84,12 +84,23 @@ class Problem:
         """The network to train."""
         return MultiTaskNetwork(self.hidden, tuple(max(task.classes, 1) for task in self.tasks))
 
+    @property
+    def driver(self) -> Callable[..., Any]:
+        """What makes the value and gradient of the task losses, `driver` or one around it."""
+        return driver
+
 
 class MultiTaskNetwork(nn.Module):
     """A multi-layer perceptron shared by all tasks, then one linear head per task."""
 
     hidden: tuple[int, ...]
     heads: tuple[int, ...]
+
+    @property
+    def shared(self) -> Any:
+        """Which parameters the tasks share."""
+        trunk = {f"trunk_{layer}": True for layer in range(len(self.hidden))}
+        return {"params": trunk | {f"head_{k}": False for k in range(len(self.heads))}}
 
     @nn.compact
     def __call__(self, inputs: Array) -> tuple[Array, ...]:
@@ -142,7 +153,7 @@ def train(
     network = problem.network
     hyperparameters = dict(learning_rate=problem.learning_rate, penalty=penalty, decay=decay)
     settings = make_settings(problem, method, seeds, steps, gram, **hyperparameters)
-    static = dict(method=method, network=network, tasks=problem.tasks)
+    static = dict(method=method, network=network, tasks=problem.tasks, drive=problem.driver)
     pool = jax.tree.map(jnp.asarray, problem.pool)
     batches = jnp.asarray(batch_order(problem, steps, seeds))
     parameters = initial_parameters(network, pool.inputs[:1], settings.seed)
@@ -273,7 +284,11 @@ class Aggregated(NamedTuple):
 
 
 def ingredients(
-    settings: Settings, method: str, network: MultiTaskNetwork, tasks: tuple[Task, ...]
+    settings: Settings,
+    method: str,
+    network: MultiTaskNetwork,
+    tasks: tuple[Task, ...],
+    drive: Callable[..., Any] | None = None,
 ) -> tuple[Any, optax.GradientTransformation]:
     """Returns the value and gradient of the task losses, and the network's optimiser."""
 
@@ -282,9 +297,8 @@ def ingredients(
         return jnp.stack([t.loss(o, y) for t, o, y in zip(tasks, outputs, batch.targets)])
 
     # Slopes, norms and Gram matrices concern what the tasks share.
-    shared = {f"trunk_{layer}": True for layer in range(len(network.hidden))}
-    shared |= {f"head_{k}": False for k in range(len(network.heads))}
-    return driver(settings, method, task_losses, {"params": shared}), settings.optimizer()
+    value_and_grad = (drive or driver)(settings, method, task_losses, network.shared)
+    return value_and_grad, settings.optimizer()
 
 
 def driver(
@@ -320,12 +334,12 @@ def over_networks(function: Callable[..., Any], settings: Settings, networks: in
     )
 
 
-@functools.partial(jax.jit, static_argnames=("method", "network", "tasks"))
-def start_training(settings, parameters, pool, rows, *, method, network, tasks):
+@functools.partial(jax.jit, static_argnames=("method", "network", "tasks", "drive"))
+def start_training(settings, parameters, pool, rows, *, method, network, tasks, drive=None):
     """Returns (parameters, optimiser state, balancer state), leading axes (seeds, R)."""
 
     def start(settings, parameters, rows):
-        value_and_grad, optimizer = ingredients(settings, method, network, tasks)
+        value_and_grad, optimizer = ingredients(settings, method, network, tasks, drive)
         batch = jax.tree.map(lambda x: x[rows], pool)
         return parameters, optimizer.init(parameters), value_and_grad.init(parameters, batch)
 
@@ -333,9 +347,11 @@ def start_training(settings, parameters, pool, rows, *, method, network, tasks):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("method", "network", "tasks", "window"), donate_argnames="carry"
+    jax.jit,
+    static_argnames=("method", "network", "tasks", "window", "drive"),
+    donate_argnames="carry",
 )
-def continue_training(settings, carry, pool, rows, *, method, network, tasks, window):
+def continue_training(settings, carry, pool, rows, *, method, network, tasks, window, drive=None):
     """Trains on the batches ``rows`` (seeds, steps, batch_size).
 
     Returns:
@@ -344,7 +360,7 @@ def continue_training(settings, carry, pool, rows, *, method, network, tasks, wi
     """
 
     def run(settings, carry, rows):
-        parts = ingredients(settings, method, network, tasks)
+        parts = ingredients(settings, method, network, tasks, drive)
         batch_of = lambda rows: jax.tree.map(lambda x: x[rows], pool)
         return scan_steps(*parts, carry, rows, batch_of, window)
 
@@ -422,8 +438,20 @@ class Options:
         return balancers.mistake_in_values(self.penalty, self.output)
 
 
-def main(options_type: type[Options], make_problem: Callable[[Any], Problem]) -> None:
-    """Reads the command line, trains references and methods, prints the table, writes the files."""
+def main(
+    options_type: type[Options],
+    make_problem: Callable[[Any], Problem],
+    references: Sequence[str] = tuple(REFERENCES),
+    trained: Callable[..., Run] = train,
+) -> None:
+    """Reads the command line, trains references and methods, prints the table, writes the files.
+
+    Args:
+        options_type: the example's options.
+        make_problem: ``options -> `` the problem.
+        references: what Δm is taken against, single-task networks or methods.
+        trained: trains one method, as `train` does.
+    """
     options = tyro.cli(options_type)
     if mistake := options.mistake():
         sys.exit(f"error: {mistake}")
@@ -434,8 +462,8 @@ def main(options_type: type[Options], make_problem: Callable[[Any], Problem]) ->
         sys.exit(f"error: {error}")
     chosen = ("seeds", "steps", "penalty", "gram", "decay")
     arguments = {name: getattr(options, name) for name in chosen}
-    names = [*REFERENCES, *dict.fromkeys(options.method)]
-    runs = [train(problem, name, **arguments) for name in names]
+    names = dict.fromkeys([*references, *options.method])
+    runs = [trained(problem, name, **arguments) for name in names]
     setting = {"title": problem.title, **arguments, "steps": options.steps or problem.steps}
-    print(report.publish(problem, runs, list(REFERENCES), setting, options.output))
+    print(report.publish(problem, runs, list(references), setting, options.output))
     print(f"{time.perf_counter() - start:.0f} s in all")

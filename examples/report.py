@@ -110,17 +110,23 @@ def spread(values: np.ndarray) -> str:
     return mean if len(values) < 2 else f"{mean} ± {values.std(ddof=1):.1f}"
 
 
-def legend(problem: Problem, seeds: int) -> str:
+REFERENCES = {
+    "STL": "separate single-task networks (STL)",
+    "STL-log": "single-task networks trained on the logarithm of the loss (STL-log)",
+}
+
+
+def legend(problem: Problem, seeds: int, references: Sequence[str]) -> str:
     """Says what the columns are."""
     units: dict[str, list[str]] = {}
     for task in problem.tasks:
         units.setdefault(task.unit, []).append(task.name)
     errors = "; ".join(f"{', '.join(names)} in {unit}" for unit, names in units.items())
+    against = "\nand against ".join(REFERENCES.get(name, name) for name in references)
     return (
         f"Test errors, lower is better:\n{errors}.\n"
-        "dm%: mean relative change of the errors against separate single-task networks (STL) and\n"
-        "against single-task networks trained on the logarithm of the loss (STL-log), lower is\n"
-        f"better; mean ± sd over {_seeds(seeds)}. rank: mean rank over the tasks.\n"
+        f"dm%: mean relative change of the errors against {against},\n"
+        f"lower is better; mean ± sd over {_seeds(seeds)}. rank: mean rank over the tasks.\n"
         "s: wall seconds, compilation included."
     )
 
@@ -157,11 +163,14 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.6g}")
 
 
-def figure(problem: Problem, runs: Sequence[Run], references: Sequence[str]) -> Figure:
-    """Draws losses and task weights over time, a row for each method, and Δm against STL below."""
+def figure(problem: Problem, runs: Sequence[Run]) -> Figure:
+    """Draws losses and task weights over time, a row for each method, and Δm below.
+
+    The first run is what Δm is taken against.
+    """
     names = [task.name for task in problem.tasks]
     base, *compared = runs
-    methods = [run for run in runs if run.method not in references]
+    methods = [run for run in runs if run.method not in REFERENCES]
     # Bands of many tasks hide each other.
     banded = len(names) <= 6 and len(base.errors) > 1
     shown = lambda history: history if banded else history.mean(0)
@@ -221,11 +230,11 @@ def publish(
     folder.mkdir(parents=True, exist_ok=True)
     table = rows(runs, references)
     names = [task.name for task in problem.tasks]
-    explanation = legend(problem, setting["seeds"])
+    explanation = legend(problem, setting["seeds"], references)
     (folder / "table.md").write_text(
         f"# {problem.title}\n\n{markdown_table(table, names)}\n\n{explanation}\n", encoding="utf-8"
     )
     write_numbers(folder / "results.json", runs, table, setting)
-    figure(problem, runs, references).savefig(folder / "figure.png", dpi=130)
+    figure(problem, runs).savefig(folder / "figure.png", dpi=130)
     written = "\n".join(str(folder / name) for name in ("table.md", "results.json", "figure.png"))
     return "\n\n".join([problem.title, text_table(table, names), explanation, written])

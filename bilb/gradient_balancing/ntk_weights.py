@@ -27,7 +27,7 @@ def ntk_weights(
     ``curvatures`` (K,) with ``every=1``, and ``curvature_fn`` with more, so that nothing is paid
     for at the other steps. :func:`bilb.value_and_grad` supplies both, ``curvatures=`` saying how:
     :func:`bilb.curvatures.tangent_kernel` takes t_k from the residual vectors, exactly or along
-    random directions, and :func:`bilb.curvatures.probe`, the default there, takes |vᵀ ∇²l_k v|,
+    random directions, and :func:`bilb.curvatures.probe`, the default there, takes ``|vᵀ ∇²l_k v|``,
     which is 2 t_k in the mean but for the curvature of the residuals themselves, and needs the
     losses alone.
 
