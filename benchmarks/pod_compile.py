@@ -5,15 +5,19 @@ of up to thousands of chips, and prints for each method what one chip does: flop
 memory, and every exchange of data with the others.
 
 * ls: the plain sum of the losses, what all else is compared with
-* bilb4mtl, igb_v1, igb_v2 read the losses; marigold and famo take slopes; mgda the Gram matrix,
-  exact, sketched with one probe, or (jacrev) from all task gradients at once
+* the other methods that read losses, from si to self_adaptive, and those that take slopes, from
+  marigold to famo
+* mgda, which reads the Gram matrix: exact, sketched with one probe, at the representation that the
+  heads share, or (jacrev) from all task gradients at once
 
 Nothing is executed: there are no times and no numbers. XLA counts a loop as one pass of its body in
-its flops, which are too low for igb_v2, mgda and its sketch; collectives are counted in full.
+its flops, which are too low for igb_v2, mgda, its sketch and mgda-representation; collectives are
+counted in full. A program that cannot be compiled is listed with its error.
 
     pip install 'bilb[tpu]'                                     # libtpu, about 200 MB
     python benchmarks/pod_compile.py
-    python benchmarks/pod_compile.py --topology v5e:16x16 --shards 16 --method ls bilb4mtl
+    python benchmarks/pod_compile.py --topology v5e:16x16 --method ls bilb4mtl
+    python benchmarks/pod_compile.py --topology v5e:16x16/16    # parameters split among 16 chips
     python benchmarks/pod_compile.py --topology v5e:4x4*2       # two slices
 """
 
@@ -33,7 +37,9 @@ os.environ |= {
 
 import collections
 import dataclasses
+import importlib.metadata
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -54,24 +60,25 @@ import balancers
 import cost
 import experiment
 import pod
+from balancers import READ_LOSSES, READ_SLOPES
 
 import bilb
 
 #: Methods of the examples, with the way to take Gram matrices.
 PROGRAMS = {
-    **{m: (m, "exact") for m in ("ls", "bilb4mtl", "igb_v1", "igb_v2", "marigold", "famo")},
-    "mgda": ("mgda", "exact"),
-    "mgda-sketch": ("mgda", "sketch"),
-    "mgda-jacrev": ("mgda", "jacrev"),
+    **{method: (method, "exact") for method in (*READ_LOSSES, *READ_SLOPES, "mgda")},
+    **{f"mgda-{gram}": ("mgda", gram) for gram in ("sketch", "representation", "jacrev")},
 }
+TOPOLOGIES = ("v5e:2x4", "v5e:16x16", "v5e:16x16/16", "v6e:16x16", "v5p:8x16x16", "v5e:16x16*2")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Compiles training steps for TPU topologies and prints what they cost."""
 
-    topology: tuple[str, ...] = ("v5e:2x4", "v5e:16x16", "v6e:16x16", "v5p:8x16x16")
-    """TPU topologies; v5e:4x4*2 is two slices of them."""
+    topology: tuple[str, ...] = TOPOLOGIES
+    """TPU topologies; v5e:4x4*2 is two slices of v5e:4x4, and v5e:4x4/2 has the parameters split
+    among two chips."""
     method: tuple[str, ...] = tuple(PROGRAMS)
     """The programs."""
     num_tasks: int = 40
@@ -80,8 +87,6 @@ class Options:
     """Of the trunk's layers."""
     batch: int = 32
     """Examples per chip."""
-    shards: int = 1
-    """Chips among which the parameters are split."""
     output: Path = Path("outputs/pod_compile")
     """Folder for the table and its numbers."""
 
@@ -99,15 +104,27 @@ class Row:
     seconds: float  # to compile
 
 
-def make_mesh(name: str, shards: int) -> Mesh:
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A program that could not be compiled."""
+
+    topology: str
+    method: str
+    error: str
+
+
+def make_mesh(name: str) -> Mesh:
     """Returns the chips of a topology as (data, shard), slices one after the other."""
-    layout, _, slices = name.partition("*")
+    form = re.fullmatch(r"([^*/]+)(?:\*(\d+))?(?:/(\d+))?", name)
+    if not form:
+        raise ValueError(f"a topology is like v5e:4x4, v5e:4x4*2 or v5e:4x4/2; got {name}")
+    layout, slices, shards = form.groups(1)
     description = topologies.get_topology_desc(
-        platform="tpu", topology_name=layout, num_slices=int(slices or 1)
+        platform="tpu", topology_name=layout, num_slices=int(slices)
     )
-    shape = (len(description.devices) // shards, shards)
+    shape = (len(description.devices) // int(shards), int(shards))
     axes = ("data", "shard")
-    if not slices:
+    if slices == 1:
         return topologies.make_mesh(description, shape, axes)
     chips = sorted(description.devices, key=lambda chip: (chip.slice_index, chip.id))
     return Mesh(np.array(chips).reshape(shape), axes, axis_types=(AxisType.Auto,) * 2)
@@ -131,6 +148,12 @@ def make_program(name: str, options: Options, mesh: Mesh) -> tuple[pod.Program, 
     if gram == "jacrev":
         aggregator = bilb.aggregate_by(balancer, options.num_tasks)
         driver = experiment.Aggregated(task_losses, bilb.linear_scalarization(), aggregator)
+    elif gram == "representation":
+        driver = bilb.representation_value_and_grad(
+            lambda params, batch: trunk.features(params, batch[0]),
+            lambda params, features, batch: trunk.heads_losses(params, features, batch[1]),
+            balancer,
+        )
     else:
         driver = bilb.value_and_grad(task_losses, balancer, gram=balancers.GRAMS[gram](settings))
     split = NamedSharding(mesh, pod.BATCH)
@@ -143,7 +166,7 @@ def make_program(name: str, options: Options, mesh: Mesh) -> tuple[pod.Program, 
 
 
 def measure(topology: str, method: str, options: Options) -> Row:
-    mesh = make_mesh(topology, options.shards)
+    mesh = make_mesh(topology)
     program, batch = make_program(method, options, mesh)
     start = time.perf_counter()
     compiled = program.step.lower(program.state, batch).compile()
@@ -192,25 +215,43 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def heading(options: Options) -> str:
+    """Says what was compiled, with what."""
+    libtpu = (found.version for found in importlib.metadata.distributions(name="libtpu"))
+    return (
+        f"The training step of {options.num_tasks} tasks on a multi-layer perceptron, "
+        f"{' x '.join(map(str, options.widths))}, {options.batch} examples per chip, compiled with "
+        f"jax {jax.__version__} and libtpu {next(libtpu, 'of another source')}. Per chip: Mflop "
+        "(loops count once), peak memory and its ratio to that of ls, bytes of the results of all "
+        "collectives, and each of these with its bytes."
+    )
+
+
 def main(options: Options) -> None:
     if unknown := set(options.method) - PROGRAMS.keys():
         sys.exit(f"error: unknown method {min(unknown)}; choose from: {', '.join(PROGRAMS)}")
-    rows = []
+    rows, failures = [], []
     for topology in options.topology:
         for method in options.method:
             try:
                 rows.append(measure(topology, method, options))
-            except RuntimeError as error:
+                what = f"compiled in {rows[-1].seconds:.1f} s"
+            except Exception as error:  # of whatever kind: the other programs are worth having
                 if "TPU support not installed" in str(error):
                     sys.exit("error: no libtpu here; pip install 'bilb[tpu]'")
-                raise
-            print(f"{topology} {method}: compiled in {rows[-1].seconds:.1f} s", flush=True)
-    text = markdown(rows)
+                lines = str(error).splitlines() or [repr(error)]
+                failures.append(Failure(topology, method, lines[0]))
+                what = f"not compiled: {lines[0]}"
+            print(f"{topology} {method}: {what}", flush=True)
+    failed = [f"* {f.topology} {f.method} cannot be compiled: {f.error}" for f in failures]
+    text = "\n".join([heading(options), "", markdown(rows), *([""] * bool(failed)), *failed])
     print(text)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "pod_compile.md").write_text(text + "\n")
-    found = [dataclasses.asdict(row) for row in rows]
+    found = [dataclasses.asdict(row) for row in (*rows, *failures)]
     (options.output / "pod_compile.json").write_text(json.dumps(found, indent=1))
+    if failures:
+        sys.exit(f"error: {len(failures)} programs cannot be compiled")
 
 
 if __name__ == "__main__":

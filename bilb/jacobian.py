@@ -231,17 +231,18 @@ def combine(weights: jax.Array, task_gradients: base.PyTree) -> base.PyTree:
 
     A row with weight zero is left out, whatever it holds (0 times NaN would be NaN).
     """
+    return jax.tree.map(lambda gradients: _combine_leaf(weights, gradients), task_gradients)
 
+
+@jax.jit  # so that calls outside jit compile the condition once
+def _combine_leaf(weights, gradients):
     def product(gradients):
         rows = gradients.astype(jnp.result_type(weights, gradients))
         return jnp.tensordot(weights.astype(rows.dtype), rows, axes=1, precision="highest")
 
-    def leaf(gradients):
-        w = weights.reshape((-1,) + (1,) * (gradients.ndim - 1))
-        whole = product(gradients)
-        # Where all is finite, as it should be, the rows are read once.
-        spoiled = jnp.any(weights == 0) & ~jnp.isfinite(whole).all()
-        left_out = lambda: product(jnp.where(w == 0, 0, gradients))
-        return jax.lax.cond(spoiled, left_out, lambda: whole).astype(gradients.dtype)
-
-    return jax.tree.map(leaf, task_gradients)
+    w = weights.reshape((-1,) + (1,) * (gradients.ndim - 1))
+    whole = product(gradients)
+    # Where all is finite, as it should be, the rows are read once.
+    spoiled = jnp.any(weights == 0) & ~jnp.isfinite(whole).all()
+    left_out = lambda: product(jnp.where(w == 0, 0, gradients))
+    return jax.lax.cond(spoiled, left_out, lambda: whole).astype(gradients.dtype)

@@ -112,6 +112,12 @@ METHODS: dict[str, Factory] = {
     "nash_pinn": lambda s: bilb.presets.nash_pinn(),
 }
 
+#: Those that read the losses alone; and those that also learn from the slopes along the last step.
+READ_LOSSES = ("ls", "si", "root", "bilb4mtl", "bilb4mtl_celeba", "igb_v1", "igb_v2", "rlw", "dwa")
+READ_LOSSES += ("uw", "gls", "imtl_l", "stch", "stch_nadir", "pbi", "cosmos", "softadapt")
+READ_LOSSES += ("relobralo", "self_adaptive")
+READ_SLOPES = ("marigold", "marigold_nash", "marigold_pinn", "famo")
+
 #: By the settings and the parameters that the tasks share.
 AGGREGATORS: dict[str, Callable[[Settings, Any], optax.GradientTransformation]] = {
     "graddrop": lambda s, shared: bilb.graddrop(s.seed, shared=shared),

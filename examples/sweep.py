@@ -4,8 +4,10 @@ The factories of bilb accept traced hyperparameters, so a grid of them is one mo
 the training of the other examples. The problem is that of multidigits.py: left digit, right digit
 and ink. Whatever a method reads is swept: the learning rate always, the penalty of the bilevel
 methods, the temperature of dwa, the gamma of famo, the decay of methods that read the Gram matrix.
+The configurations are spread over all devices that JAX finds.
 
     python examples/sweep.py                                    # about a minute
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python examples/sweep.py
     python examples/sweep.py --method dwa famo --temperature 1 2 4 --gamma 0 0.01 --seeds 5
     python examples/sweep.py --method si+mgda --decay 0.9 0.99 --gram sketch
 
@@ -28,13 +30,13 @@ from typing import Annotated, Any, Literal, NamedTuple
 import balancers
 import experiment
 import jax
-import jax.numpy as jnp
 import multidigits
 import numpy as np
 import report
 import tqdm
 import tyro
 from balancers import AGGREGATORS, METHODS
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 
 from bilb import metrics, plots
@@ -148,6 +150,7 @@ def train(
     steps: int,
     gram: str = "exact",
     constant: bool = False,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Trained:
     """Trains all configurations and seeds side by side, with one compilation.
 
@@ -160,9 +163,11 @@ def train(
         gram: a name in `balancers.GRAMS`.
         constant: whether to make the hyperparameters constants of the program, as numbers written
             into a script are. New ones then need a new program.
+        devices: to spread the configurations over; all by default.
     """
+    mesh, padded = spread(configurations, jax.devices() if devices is None else devices)
     columns = {  # what a method does not read has no influence
-        name: [values.get(name, 0.0) for values in configurations] for name in HYPERPARAMETERS
+        name: [values.get(name, 0.0) for values in padded] for name in HYPERPARAMETERS
     }
     settings = experiment.make_settings(problem, method, seeds, steps, gram, **columns)
     # NumPy arrays that a traced function encloses end up in the program as constants.
@@ -178,14 +183,15 @@ def train(
         begin = time.perf_counter()
         # The undecorated function: a trace that an earlier call left behind would flatter.
         function = functools.partial(function.__wrapped__, network=network, tasks=tasks, **static)
-        program = over_all = jax.vmap(function, in_axes=in_axes)
+        program = over_all = over_configurations(function, in_axes, mesh)
         if constant and in_axes[0] is axes:
             program = lambda _, *rest: over_all(enclosed, *rest)
         program = jax.jit(program, donate_argnums=donate).lower(*arguments).compile()
         compiling += time.perf_counter() - begin
         return program
 
-    pool, test = jax.tree.map(jnp.asarray, (problem.pool, problem.test))
+    whole = NamedSharding(mesh, PartitionSpec())
+    pool, test = jax.device_put((problem.pool, problem.test), whole)
     batches = experiment.batch_order(problem, steps, seeds)
     parameters = experiment.initial_parameters(network, pool.inputs[:1], settings.seed)
     begin = time.perf_counter()
@@ -204,11 +210,44 @@ def train(
             progress.update(length)
     evaluate = compiled(experiment.evaluate, (0, None), carry[0], test)
     errors = np.asarray(evaluate(carry[0], test))
+    of_each = lambda found: np.stack(
+        [experiment.of_own_task(values) for values in found[: len(configurations)]]
+    )
     return Trained(
         list(configurations),
-        np.stack([experiment.of_own_task(values) for values in errors]),
-        np.stack([experiment.of_own_task(values) for values in np.concatenate(history, axis=3)]),
+        of_each(errors),
+        of_each(np.concatenate(history, axis=3)),
         Seconds(compiling, time.perf_counter() - begin - compiling),
+    )
+
+
+def spread(
+    configurations: Sequence[Configuration], devices: Sequence[jax.Device]
+) -> tuple[Mesh, list[Configuration]]:
+    """Returns a mesh of as many devices as help, and as many configurations for each of them.
+
+    Where the number of configurations is no multiple of the number of devices, the last one is
+    there more than once.
+    """
+    each = -(-len(configurations) // len(devices))
+    count = -(-len(configurations) // each)
+    more = count * each - len(configurations)
+    mesh = Mesh(np.array(devices[:count]), ("configuration",))
+    return mesh, [*configurations, *configurations[-1:] * more]
+
+
+def over_configurations(function: Callable, in_axes: tuple, mesh: Mesh) -> Callable:
+    """Vectorises over the configurations, each device over its own: no data is exchanged.
+
+    What has no axis of configurations, every device holds whole.
+    """
+    spec = lambda axis: PartitionSpec() if axis is None else PartitionSpec("configuration")
+    return jax.shard_map(
+        jax.vmap(function, in_axes=in_axes),
+        mesh=mesh,
+        in_specs=jax.tree.map(spec, in_axes, is_leaf=lambda axis: axis is None),
+        out_specs=PartitionSpec("configuration"),
+        check_vma=False,
     )
 
 
@@ -397,6 +436,7 @@ def main(make_problem: Callable[[Any], experiment.Problem] = multidigits.make_pr
     if mistake := options.mistake():
         sys.exit(f"error: {mistake}")
     begin = time.perf_counter()
+    print(f"found {jax.device_count()} {jax.devices()[0].device_kind} devices")
     problem = make_problem(options)
     # Programs that a cache on disk keeps from earlier runs would cost nothing to compile.
     jax.config.update("jax_enable_compilation_cache", False)

@@ -160,11 +160,21 @@ class Trunk:
 
     def task_losses(self, params, inputs, targets):
         """Returns the losses (K,), and the features that the heads read."""
-        *trunk, head = params.values()
+        features = self.features(params, inputs)
+        return self.heads_losses(params, features, targets), features
+
+    def features(self, params, inputs):
+        """Returns the output of the trunk."""
+        *trunk, _ = params.values()
         for layer in trunk:
             inputs = jax.nn.relu(inputs @ layer["kernel"] + layer["bias"])
-        outputs = inputs @ head["kernel"] + head["bias"]
-        return jnp.mean((outputs - targets) ** 2, 0), inputs
+        return inputs
+
+    def heads_losses(self, params, features, targets):
+        """Returns the losses (K,) by the output of the trunk."""
+        *_, head = params.values()
+        outputs = features @ head["kernel"] + head["bias"]
+        return jnp.mean((outputs - targets) ** 2, 0)
 
 
 def plain_step(trunk, optimizer, wrap=lambda losses: losses):

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import chex
 import jax
@@ -21,9 +22,11 @@ WALL_LIMIT = 300  # seconds, for the processes of a run together; a quiet machin
 SETTING = ["--method", "marigold", "--steps", "12", "--every", "5"]
 
 #: Trains, and stores what this process holds of the final state. With a step to die at, it waits
-#: for the checkpoint before and ends as if killed.
-WORKER = """
+#: for the checkpoint before and ends as if killed. The alarm ends it even where it hangs in a
+#: library and nobody is left to kill it.
+WORKER = f"""
 import os, pathlib, signal, sys, time
+signal.alarm({WALL_LIMIT + 10})
 import jax, multidigits, numpy as np, pod, tyro
 from contract import numbers
 
@@ -42,7 +45,7 @@ def until_death(*args):
 pod.make_batches = until_death
 state = pod.run(options, lambda: multidigits.make_problem(multidigits.Options()))
 leaves = [np.asarray(leaf.addressable_data(0)) for leaf in jax.tree.leaves(numbers(state))]
-np.savez(folder / f"process_{jax.process_index()}.npz", *leaves)
+np.savez(folder / f"process_{{jax.process_index()}}.npz", *leaves)
 """
 
 pytestmark = [
@@ -82,8 +85,9 @@ def run(folder, processes, dies_at=0):
             started.append(
                 (subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT), log)
             )
+        end = time.monotonic() + WALL_LIMIT
         for process, _ in started:
-            process.wait(timeout=WALL_LIMIT)
+            process.wait(timeout=max(0.0, end - time.monotonic()))
     finally:
         for process, _ in started:
             process.kill()

@@ -7,13 +7,16 @@ import pathlib
 import subprocess
 import sys
 
+import cost
 import experiment
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import sweep
 
 SCRIPT = pathlib.Path(sweep.__file__)
+EIGHT = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
 SIZE = dict(seeds=2, steps=20)
 
 
@@ -98,6 +101,41 @@ class TestTraining:
         configurations = [{"learning_rate": 1e-2, name: value} for value in values]
         result = sweep.train(small_problem(), method, configurations, seeds=1, steps=40)
         assert np.abs(result.losses[0] - result.losses[1]).max() > 1e-5
+
+    @EIGHT
+    @pytest.mark.parametrize("number", [3, pytest.param(10, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize(
+        "method",
+        ["ls", *(pytest.param(m, marks=pytest.mark.slow) for m in ("bilb4mtl", "mgda", "igb_v2"))],
+    )
+    def test_on_eight_devices_it_is_that_on_one(self, method, number):
+        """Three configurations are fewer than the devices, ten no multiple of their number."""
+        devices = jax.devices()[:8]
+        configurations = [{"learning_rate": 0.003 * (1 + i)} for i in range(number)]
+        for values in configurations if method == "bilb4mtl" else ():
+            values["penalty"] = 10 * values["learning_rate"]
+        found, alone = (
+            sweep.train(small_problem(), method, configurations, devices=of, **SIZE)
+            for of in (devices, devices[:1])
+        )
+        assert found.configurations == configurations
+        np.testing.assert_allclose(found.losses, alone.losses, rtol=1e-4)
+        np.testing.assert_allclose(found.errors, alone.errors, rtol=1e-4)
+        assert len(np.unique(found.losses[:, :, -1])) == 4 * number
+
+    @EIGHT
+    @pytest.mark.parametrize(
+        ("number", "used", "each"), [(1, 1, 1), (3, 3, 1), (8, 8, 1), (9, 5, 2)]
+    )
+    def test_configurations_lie_on_as_many_devices_as_help(self, number, used, each):
+        mesh, padded = sweep.spread([*range(number)], jax.devices()[:8])
+        assert padded == [*range(number), *[number - 1] * (used * each - number)]
+        function = sweep.over_configurations(lambda x, y: jnp.sin(x @ y), (0, None), mesh)
+        arguments = jnp.ones((used * each, 2, 3)), jnp.ones((3, 4))
+        compiled = jax.jit(function).lower(*arguments).compile()
+        assert not cost.collectives(compiled.as_text())
+        assert {s.data.shape for s in compiled(*arguments).addressable_shards} == {(each, 2, 4)}
+        assert mesh.size == used
 
     @pytest.mark.parametrize("method", ["ls", "si", "si+marigold", "STL"])
     def test_other_methods_have_the_learning_rate_alone(self, method):

@@ -228,7 +228,8 @@ def igb_v2(
             key=state_key,
         )
 
-    def update(losses, state, *, mask, statistics_of=None, **_):
+    @jax.jit  # so that calls outside jit compile the agent's training once
+    def step(losses, state, mask):
         num_tasks, dtype = losses.shape[0], losses.dtype
         key, warmup_key, action_key, train_key = jax.random.split(state.key, 4)
         draws = Draws(
@@ -238,11 +239,14 @@ def igb_v2(
                 jax.random.fold_in(train_key, i), size, batch_size, num_tasks, dtype
             ),
         )
-        observed = losses if statistics_of is None else statistics_of
-        balanced, state = igb_v2_step(observed, state, draws, settings, mask)
-        if statistics_of is not None:
-            balanced = state.weights * jnp.log(base.at_least(losses, settings.floor))
+        balanced, state = igb_v2_step(losses, state, draws, settings, mask)
         return balanced, state._replace(key=key)
+
+    def update(losses, state, *, mask, statistics_of=None, **_):
+        if statistics_of is None:
+            return step(losses, state, mask)
+        _, state = step(statistics_of, state, mask)
+        return state.weights * jnp.log(base.at_least(losses, settings.floor)), state
 
     return base.loss_transformation(init, update, keeps_absent=False)
 

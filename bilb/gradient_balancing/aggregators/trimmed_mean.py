@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -64,34 +66,36 @@ def trimmed_mean(trim: int, *, shared: base.PyTree = True) -> optax.GradientTran
                 f"trim={trim} leaves nothing of {present.shape[0]} tasks: it needs at least "
                 f"{2 * trim + 1}."
             )
-        count = present.sum()
-        cut = jnp.minimum(trim, jnp.maximum(count - 1, 0) // 2)
-        kept = jnp.maximum(count - 2 * cut, 1)
-
-        def mean(leaf):
-            low, high = bounds(leaf, present, trim, cut)
-
-            def add(carry, task):
-                total, below, above = carry
-                row, is_present = task
-                # Each is divided before they are added up, so that no sum is larger than its parts.
-                inside = is_present & (row > low) & (row < high)
-                total = total + jnp.where(inside, row / kept.astype(leaf.dtype), 0)
-                below = below + jnp.where(is_present & (row <= low), one, 0)
-                above = above + jnp.where(is_present & (row >= high), one, 0)
-                return (total, below, above), None
-
-            one, none = jnp.ones((), leaf.dtype), jnp.zeros_like(leaf[0])
-            first = (none, none, none)
-            (total, below, above), _ = jax.lax.scan(add, first, (leaf, present), unroll=_UNROLL)
-            # Of those as large as a bound, some are trimmed and some kept.
-            share = lambda number: (number - cut.astype(leaf.dtype)) / kept.astype(leaf.dtype)
-            ties = jnp.where(cut > 0, share(below) * low + share(above) * high, 0)
-            return jnp.where(low == high, low, total + ties)
-
-        return jax.tree.map(mean, rows), state
+        return jax.tree.map(lambda leaf: mean_of(leaf, present, trim), rows), state
 
     return aggregator.aggregator("trimmed_mean", init, aggregate, shared=shared)
+
+
+@functools.partial(jax.jit, static_argnames="trim")  # outside jit, loops compile once
+def mean_of(leaf: jax.Array, present: jax.Array, trim: int) -> jax.Array:
+    """Returns the trimmed mean over tasks at each coordinate of a leaf (K, *shape)."""
+    count = present.sum()
+    cut = jnp.minimum(trim, jnp.maximum(count - 1, 0) // 2)
+    kept = jnp.maximum(count - 2 * cut, 1)
+    low, high = bounds(leaf, present, trim, cut)
+
+    def add(carry, task):
+        total, below, above = carry
+        row, is_present = task
+        # Each is divided before they are added up, so that no sum is larger than its parts.
+        inside = is_present & (row > low) & (row < high)
+        total = total + jnp.where(inside, row / kept.astype(leaf.dtype), 0)
+        below = below + jnp.where(is_present & (row <= low), one, 0)
+        above = above + jnp.where(is_present & (row >= high), one, 0)
+        return (total, below, above), None
+
+    one, none = jnp.ones((), leaf.dtype), jnp.zeros_like(leaf[0])
+    first = (none, none, none)
+    (total, below, above), _ = jax.lax.scan(add, first, (leaf, present), unroll=_UNROLL)
+    # Of those as large as a bound, some are trimmed and some kept.
+    share = lambda number: (number - cut.astype(leaf.dtype)) / kept.astype(leaf.dtype)
+    ties = jnp.where(cut > 0, share(below) * low + share(above) * high, 0)
+    return jnp.where(low == high, low, total + ties)
 
 
 def bounds(
