@@ -83,6 +83,13 @@ METHODS = (
 )
 #: jinns' own schemes, in the table where they were run.
 JINNS = tuple(f"jinns.{n}" for n in ("soft_adapt", "ReLoBRaLo", "lr_annealing", "prior_loss"))
+#: Named like methods they stand for their members: the power of the losses, the decay of the Gram
+#: matrix's running mean, and how many random directions sketch it.
+STUDIES = {
+    "exponents": tuple(f"{p}marigold_nash" for p in ("", "root+", "quarter+", "log+")),
+    "decays": tuple(f"root+nash_mtl:sketch:{d}" for d in (0.9, 0.99, 0.999, 0.9999)),
+    "probes": tuple(f"root+nash_mtl:{g}:0.999" for g in ("sketch", "sketch_4", "stacked")),
+}
 #: Of 2, 5, 3 and 4 losses.
 PROBLEMS = ("poisson", "helmholtz", "burgers_viscous", "wave_slow")
 BASELINE = "constant"
@@ -97,7 +104,10 @@ class Options:
     """The equations to solve."""
     methods: Annotated[
         tuple[str, ...],
-        tyro.conf.arg(help="Methods and chains, with :GRAM:DECAY where they read Gram matrices."),
+        tyro.conf.arg(
+            help="Methods and chains, with :GRAM:DECAY where they read Gram matrices; or the "
+            f"studies {', '.join(STUDIES)}."
+        ),
     ] = METHODS
     learning_rates: tuple[float, ...] = (5e-3, 1e-2)
     """Initial learning rates of Adam; for each method the better one counts."""
@@ -114,15 +124,21 @@ class Options:
     output: Path = Path(__file__).parent / "results"
     """Folder for the runs, the table and the figure."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The methods, those of the studies among them."""
+        members = (STUDIES.get(name, (name,)) for name in self.methods)
+        return tuple(dict.fromkeys(name for names in members for name in names))
+
     def mistake(self) -> str | None:
         """Says what is wrong with the options, if anything."""
         for problem in self.problems:
             if problem not in EQUATIONS:
                 return f"unknown problem {problem!r}; choose from: {', '.join(EQUATIONS)}"
-        own = [name for name in self.methods if name not in JINNS]
+        own = [name for name in self.names if name not in JINNS]
         names = [name.split(":")[0] for name in own]
         mistake = balancers.mistake(names, pinn.METHODS)
-        if mistake and (own or not self.methods):
+        if mistake and (own or not self.names):
             return mistake
         for name in own:
             if mistake := _gram_mistake(name):
@@ -150,7 +166,7 @@ def _gram_mistake(name: str) -> str | None:
         value = np.nan
     if not 0 <= value < 1:
         return f"the decay in {name} must be at least 0 and less than 1"
-    if gram == "sketch" and value == 0 and not method.endswith("nash_pinn"):
+    if gram.startswith("sketch") and value == 0 and not method.endswith("nash_pinn"):
         return f"one sketch says little about the Gram matrix: give a decay in {name} too"
     return None
 
@@ -207,7 +223,7 @@ def settings(options: Options) -> list[Setting]:
     """Returns all settings that the options ask for."""
     return [
         Setting(problem, method, learning_rate, weight, options.steps)
-        for method in options.methods
+        for method in options.names
         for problem in options.problems
         for weight in (options.weights if method == BASELINE else (1.0,))
         for learning_rate in options.learning_rates
@@ -375,7 +391,8 @@ def figure(results: dict[tuple[str, str], Result]) -> Figure:
 
 def publish(runs: Runs, options: Options) -> str:
     """Writes the tables as Markdown and the figure, and returns the tables as text."""
-    shown = dataclasses.replace(options, methods=tuple(dict.fromkeys(options.methods + JINNS)))
+    # Whatever of the known methods was run is in the table, not only what was asked for.
+    shown = dataclasses.replace(options, methods=(*METHODS, *JINNS, *STUDIES, *options.names))
     results = chosen(runs, settings(shown), options.seeds, options.least)
     found = tables(results, options.seeds)
     parts = [*map(report.markdown, found), legend(options)]

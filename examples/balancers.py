@@ -59,6 +59,7 @@ METHODS: dict[str, Factory] = {
     "si": lambda s: bilb.log_losses(),
     "log": lambda s: bilb.log_losses(),  # another name for a link in front of others
     "root": lambda s: bilb.power_losses(0.5),
+    "quarter": lambda s: bilb.power_losses(0.25),
     "bilb4mtl": lambda s: bilb.presets.bilb4mtl_qm9(
         s.penalty, every=s.steps_per_epoch, optimizer=s.optimizer(), key=s.seed
     ),
@@ -131,6 +132,7 @@ GRAMS = {
     "exact": lambda s: bilb.grams.exact(),
     "stacked": lambda s: bilb.grams.stacked(),
     "sketch": lambda s: bilb.grams.sketch(key=s.seed),
+    "sketch_4": lambda s: bilb.grams.sketch(probes=4, key=s.seed),
 }
 
 REFERENCES: dict[str, Factory] = {

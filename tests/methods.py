@@ -522,6 +522,7 @@ METHODS = [
         extra=norms,
         phi=weighted_sum,
         equivariant=False,
+        sparse=True,
         learns=("weights", "mean_losses"),
         kin="lr_annealing",
     ),

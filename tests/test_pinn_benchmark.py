@@ -100,6 +100,7 @@ class TestBenchmark:
             (dict(methods=("mgda:exact:0.9:2",)), "the decay in mgda:exact:0.9:2 must be"),
             (dict(methods=("mgda:sketch",)), "give a decay in mgda:sketch too"),
             (dict(methods=("nash_pinn:sketch", "jinns.soft_adapt")), None),
+            (dict(methods=("ls", *benchmark.STUDIES)), None),
             (dict(methods=("jinns.mine",)), "unknown method 'jinns.mine'"),
             (dict(methods=()), "no method"),
             (dict(least=11), "--least must be at least 1 and at most --seeds"),
@@ -147,6 +148,12 @@ class TestBenchmark:
         benchmark.main(benchmark.Options(**options, seeds=2, report=True))
         assert "w = 10" in capsys.readouterr().out
         assert len(asked) == 5
+
+    def test_a_study_stands_for_its_methods(self):
+        options = benchmark.Options(methods=("exponents", "ls", "root+marigold_nash"))
+        names = ("marigold_nash", "root+marigold_nash", "quarter+marigold_nash")
+        assert options.names == (*names, "log+marigold_nash", "ls")
+        assert {setting.method for setting in benchmark.settings(options)} == {*options.names}
 
     def test_the_first_methods_come_first_on_all_problems(self):
         options = benchmark.Options(learning_rates=(1e-3,))
