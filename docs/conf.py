@@ -3,6 +3,9 @@
 import pathlib
 import shutil
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+
 import bilb
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -16,6 +19,9 @@ html_theme = "furo"
 html_title = f"bilb {release}"
 html_show_sphinx = False
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_math_renderer = "mathml"
 myst_heading_anchors = 3
 
 # Every cross-reference to a function or module must lead somewhere. Types of signatures need not:
@@ -25,15 +31,23 @@ nitpick_ignore_regex = [
     ("py:(class|exc|obj|data)", r".*"),
     ("py:.*", r"(bilb\.(base|checks|arguments)|jax|optax|flax|matplotlib|numpy)\..*"),
 ]
-autodoc_typehints_format = "short"
-python_use_unqualified_type_names = True
-python_maximum_signature_line_length = 88
+autodoc_typehints = "none"  # the text names types and shapes; the annotations are long unions
+autodoc_preserve_defaults = True
 napoleon_use_rtype = False
-napoleon_preprocess_types = False
-napoleon_custom_sections = [("State fields", "params_style")]
 
 # What benchmarks wrote, beside the pages that are written by hand; index.md takes all by a pattern.
 results = pathlib.Path(__file__).parent / "results"
 shutil.rmtree(results, ignore_errors=True)
 if (ROOT / "benchmarks" / "results").is_dir():
     shutil.copytree(ROOT / "benchmarks" / "results", results)
+
+
+def setup(app):
+    """Writes formulas as MathML, which browsers draw themselves: no script from elsewhere."""
+
+    def visit(translator, node):
+        block = isinstance(node, nodes.math_block)
+        translator.body.append(tex2mathml(node.astext(), as_block=block))
+        raise nodes.SkipNode
+
+    app.add_html_math_renderer("mathml", (visit, None), (visit, None))

@@ -31,7 +31,7 @@ import numpy as np
 import sklearn.datasets
 import tyro
 
-SYMBOLS = 97  # tab, newline and printable ASCII count, all else is one more
+SYMBOLS = 98  # tab, newline and printable ASCII count, all else is one more
 CONTEXT = 64  # characters
 WINDOWS, TEST_WINDOWS = 4_000, 64  # of each text
 CHARACTERS = 400_000  # of each text at most
@@ -83,7 +83,7 @@ def encode(texts: Iterable[str]) -> np.ndarray:
     """Returns the symbols of the texts, one after the other."""
     codes = np.frombuffer("\n".join(texts)[:CHARACTERS].encode("latin-1", "replace"), np.uint8)
     table = np.full(256, SYMBOLS - 1)
-    table[[9, 10, *range(32, 126)]] = np.arange(SYMBOLS - 1)
+    table[[9, 10, *range(32, 127)]] = np.arange(SYMBOLS - 1)
     return table[codes].astype(np.int32)
 
 

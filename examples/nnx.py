@@ -9,7 +9,7 @@ modules hold their state, JAX wants functions of it, and the two meet in one fun
   the variables that came from outside the transformation.
 * The new statistics leave as auxiliary output, ``has_aux=True``. One backward pass in all.
 
-    python examples/nnx.py                                   # about two minutes
+    python examples/nnx.py                                   # some minutes on two cores
     python examples/nnx.py --method si marigold --seeds 1 --steps 100
 
 What is compared against is the plain sum of the losses (ls). Nothing is downloaded.

@@ -169,7 +169,7 @@ def figure(problem: Problem, runs: Sequence[Run]) -> Figure:
     The first run is what Δm is taken against.
     """
     names = [task.name for task in problem.tasks]
-    base, *compared = runs
+    base, *compared = runs if len(runs) > 1 else 2 * list(runs)
     methods = [run for run in runs if run.method not in REFERENCES]
     # Bands of many tasks hide each other.
     banded = len(names) <= 6 and len(base.errors) > 1
