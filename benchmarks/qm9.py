@@ -40,7 +40,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import balancers
-import checkpoints
+import epochs
 import experiment
 import molecules
 import protocol
@@ -279,18 +279,16 @@ def train(name: str, data: Data, seed: int, options: Options, folder: Path) -> p
     unknown = np.full(NUM_TASKS, np.nan)
     plateau = np.array([options.learning_rate, np.inf, 0.0])
     progress = Progress(plateau, np.array(np.inf), np.array(0), unknown, unknown, np.array(0.0))
-    template = jax.tree.map(jnp.asarray, (carry, progress))
     setting = {"method": name, "seed": seed, "molecules": options.molecules, "dim": options.dim}
-    first = 1
-    with checkpoints.Checkpoints(folder, template, setting, keep=1) as kept:
-        if found := kept.restore():
-            first, (carry, progress) = found[0] + 1, found[1]
-            progress = jax.tree.map(np.asarray, progress)
-        for number in range(first, options.epochs + 1):
-            carry, progress = _next_epoch(trainer, carry, progress, number)
-            kept.save(number, jax.tree.map(jnp.asarray, (carry, progress)))
-            best, each = float(progress.best), float(progress.seconds) / number
-            print(f"{name} seed {seed} epoch {number}: best {best:.2f}, {each:.1f} s", flush=True)
+
+    def epoch(number, state):
+        carry, progress = state
+        carry, progress = _next_epoch(trainer, carry, jax.tree.map(np.asarray, progress), number)
+        best, each = float(progress.best), float(progress.seconds) / number
+        print(f"{name} seed {seed} epoch {number}: best {best:.2f}, {each:.1f} s", flush=True)
+        return carry, progress
+
+    _, progress = epochs.run(folder, setting, (carry, progress), options.epochs, epoch)
     shutil.rmtree(folder)
     return {
         "method": name,
