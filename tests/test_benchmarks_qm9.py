@@ -87,6 +87,7 @@ class TestNetwork:
     def outputs(self, parameters, graph):
         return np.asarray(self.network.apply(parameters, *graph))
 
+    @pytest.mark.slow
     def test_neither_order_nor_padding_nor_rotation_matters(self):
         elements, positions = formaldehyde()
         parameters = self.network.init(jax.random.key(0), elements, positions)
@@ -103,6 +104,7 @@ class TestNetwork:
         )
         assert not np.allclose(self.outputs(parameters, methane()), expected)
 
+    @pytest.mark.slow
     def test_messages_are_those_of_a_matrix_per_edge(self):
         dim = 4
         convolution = molecules.EdgeConvolution(dim, hidden=5)
@@ -177,6 +179,7 @@ class TestTraining:
         np.testing.assert_allclose(data.train.targets.mean(0), 0, atol=1e-4)
         np.testing.assert_allclose(data.train.targets.std(0, ddof=1), 1, rtol=1e-4)
 
+    @pytest.mark.slow
     def test_errors_are_in_the_units_of_the_papers(self, data, tmp_path):
         trainer = benchmark.Trainer("ls", data, 0, options_in(tmp_path))
         outputs = jax.vmap(molecules.MessagePassing(11, 4).apply, (None, 0, 0))(
@@ -188,6 +191,7 @@ class TestTraining:
         change = expected / np.array(benchmark.PUBLISHED_STL) - 1
         assert trainer.criterion(actual) == pytest.approx(100 * change.mean(), rel=1e-3)
 
+    @pytest.mark.slow
     def test_an_interrupted_run_goes_on(self, data, tmp_path, monkeypatch):
         options = options_in(tmp_path)
         whole = benchmark.train("si", data, 0, options, tmp_path / "whole")
@@ -207,12 +211,14 @@ class TestTraining:
         assert part["best_epoch"] == whole["best_epoch"]
         assert not (tmp_path / "part").exists()
 
+    @pytest.mark.slow
     def test_the_best_epoch_on_validation_counts(self, data, tmp_path, monkeypatch):
         values = iter([3.0, 1.0, 2.0])
         monkeypatch.setattr(benchmark.Trainer, "criterion", lambda self, errors: next(values))
         line = benchmark.train("ls", data, 0, options_in(tmp_path, epochs=3), tmp_path / "run")
         assert line["best_epoch"] == 2
 
+    @pytest.mark.slow
     def test_main(self, data, tmp_path, monkeypatch):
         monkeypatch.setattr(molecules, "load", lambda size: None)
         monkeypatch.setattr(benchmark, "split", lambda graphs: data)
