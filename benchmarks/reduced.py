@@ -71,7 +71,7 @@ OTHERS = (
     *(f"si+{name}" for name in balancers.AGGREGATORS),
 )
 METHODS = tuple(
-    dict.fromkeys((*CONTROLS, *PAPERS, *BALANCED, *COMBINATIONS, *WEIGHTS, *OTHERS, *WITH_AGENT))
+    dict.fromkeys((*CONTROLS, *PAPERS, *WEIGHTS, *BALANCED, *COMBINATIONS, *OTHERS, *WITH_AGENT))
 )
 
 
