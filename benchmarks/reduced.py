@@ -52,30 +52,27 @@ from runs import Split
 #: Rows by what they answer, the most important first.
 CONTROLS = ("ls", "si", "si@order=1", "si@clip=0.5")
 PAPERS = (
-    "bilb4mtl",
-    "bilb4mtl@penalty=0.01",
-    "igb_v1",
-    "famo",
-    "nash_mtl",
-    "marigold",
-    "si+marigold",
-    "igb_v2",
+    *("bilb4mtl", "bilb4mtl@penalty=0.01", "igb_v1", "famo", "nash_mtl"),
+    *("marigold", "si+marigold", "uw"),
 )
 BALANCED = ("mgda", "cagrad", "pcgrad", "imtl_g", "nash_mtl")
-COMBINATIONS = tuple(f"{a}+{b}" for a in ("igb_v1", "igb_v2", "si") for b in BALANCED)
+COMBINATIONS = tuple(f"{first}+{name}" for first in ("igb_v1", "si") for name in BALANCED)
+#: The agent's own training takes many times as long as that of these small networks.
+WITH_AGENT = ("igb_v2", *(f"igb_v2+{name}" for name in BALANCED))
 WEIGHTS = ("constant", "si+constant")
 OTHERS = (
-    *("uw", "dwa", "rlw", "gls", "imtl_l", "stch", "stch_nadir", "pbi", "cosmos", "root"),
-    *("softadapt", "relobralo", "self_adaptive", "bilb4mtl_celeba"),
-    *("mgda", "cagrad", "pcgrad", "imtl_g", "upgrad", "dualproj", "fairgrad", "gradvac"),
-    *("aligned_mtl", "config", "sdmgrad", "modo", "pcd", "krum", "cr_mogm", "gradnorm"),
-    *("lr_annealing", "ntk_weights", "marigold_nash", "si+marigold_nash"),
-    *balancers.AGGREGATORS,
+    *("dwa", "rlw", "gls", "imtl_l", "stch", "upgrad", "fairgrad", "aligned_mtl", "gradnorm"),
+    *("graddrop", "moco", "db_mtl", "excess_mtl", "trimmed_mean"),
+    *("cagrad@clip=0.5", "nash_mtl@clip=0.5", "ls@clip=0.5", "bilb4mtl@clip=0.5", "si@clip=1"),
+    *("si+upgrad", "si+fairgrad", "si+aligned_mtl", "si+mgda@gram=sketch@decay=0.99"),
+    *("dualproj", "gradvac", "config", "sdmgrad", "modo", "pcd", "krum", "cr_mogm"),
+    *("stch_nadir", "pbi", "cosmos", "root", "softadapt", "relobralo", "self_adaptive"),
+    *("bilb4mtl_celeba", "lr_annealing", "ntk_weights", "marigold_nash", "si+marigold_nash"),
     *(f"si+{name}" for name in balancers.AGGREGATORS),
-    *("si+mgda@gram=sketch@decay=0.99", "si+upgrad", "si+fairgrad", "si+aligned_mtl"),
-    *("si@clip=1", "ls@clip=0.5", "bilb4mtl@clip=0.5", "cagrad@clip=0.5", "nash_mtl@clip=0.5"),
 )
-METHODS = tuple(dict.fromkeys((*CONTROLS, *PAPERS, *COMBINATIONS, *WEIGHTS, *OTHERS)))
+METHODS = tuple(
+    dict.fromkeys((*CONTROLS, *PAPERS, *WEIGHTS, *BALANCED, *COMBINATIONS, *OTHERS, *WITH_AGENT))
+)
 
 
 def multidigits_split() -> Split:

@@ -7,13 +7,16 @@ Both train one perceptron with K linear heads on the same batch with Adam. The o
 * ``torchjd``: TorchJD's Jacobian, aggregated by its own implementation of the method.
 
 Every round takes a few steps of each, in turns, so that what else the machine does hits all alike;
-the table has the median over the rounds of the ratios to bilb's own time. Peak memory is that of a
+the table has the median over the rounds of the ratios to bilb's own time and, in brackets, to its
+processor time, which other work disturbs less, but which counts threads that wait for each other.
+Peak memory is that of a
 process that does nothing else: the size of parameters and optimiser, and what resident memory
 rises above that, or above what is left of compilation, while steps are taken.
 
     pip install 'bilb[bench-torch]'
     python benchmarks/side_by_side.py
     python benchmarks/side_by_side.py --methods bilb4mtl --num-tasks 40 --rounds 51 --no-memory
+    taskset -c 0 python benchmarks/side_by_side.py              # one thread each, on one core
 
 Every method is a line of side_by_side.jsonl as soon as it is measured, and is not measured again.
 The last column says how far apart the losses are after two steps from the same parameters: not at
@@ -28,7 +31,6 @@ import json
 import math
 import os
 import re
-import statistics
 import subprocess
 import sys
 import time
@@ -50,15 +52,12 @@ import torch_steps
 
 import bilb
 
-LEARNING_RATE, PENALTY = 1e-3, 0.05
+LEARNING_RATE, PENALTY = 1e-3, 0.01
 
 #: The methods of bilb, by name; what PyTorch does for each is in torch_steps.py.
 METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "ls": lambda: bilb.linear_scalarization(),
-    "bilb4mtl": lambda: bilb.chain(
-        bilb.log_scale_by_initial_loss(),
-        bilb.bilb4mtl(PENALTY, divisor="stop_gradient_sum", optimizer=optax.adam(LEARNING_RATE)),
-    ),
+    "bilb4mtl": lambda: bilb.presets.bilb4mtl_celeba(PENALTY, optimizer=optax.adam(LEARNING_RATE)),
     "uw": lambda: bilb.uncertainty_weighting(optimizer=optax.adam(LEARNING_RATE)),
     "famo": lambda: bilb.famo(gamma=1e-3),
     "mgda": lambda: bilb.mgda(),
@@ -169,26 +168,31 @@ def make_step(kind: str, method: str, problem: Problem) -> Callable[[], np.ndarr
 
 def time_rounds(
     steps: dict[str, Callable[[], Any]], rounds: int, number: int
-) -> dict[str, list[float]]:
-    """Returns seconds per step of each in every round; the order turns from round to round."""
+) -> dict[str, np.ndarray]:
+    """Returns seconds per step of each in every round, (rounds, 2): wall time and processor time.
+
+    The order turns from round to round.
+    """
     for step in steps.values():
         for _ in range(3):
             step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    seconds: dict[str, list[Any]] = {name: [] for name in steps}
     names = list(steps)
+    now = lambda: np.array([time.perf_counter(), time.process_time()])
     for turn in range(rounds):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            start = time.perf_counter()
+            start = now()
             for _ in range(number):
                 steps[name]()
-            seconds[name].append((time.perf_counter() - start) / number)
-    return seconds
+            seconds[name].append((now() - start) / number)
+    return {name: np.array(of) for name, of in seconds.items()}
 
 
-def ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:
-    """Returns the median over the rounds of the ratio of two times."""
-    return statistics.median(a / b for a, b in zip(seconds, reference))
+def ratios(seconds: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    """Returns the medians over the rounds of the ratios of two times."""
+    wall, processor = np.median(seconds / reference, axis=0).tolist()
+    return {"wall": wall, "processor": processor}
 
 
 def resident(field: str) -> float:
@@ -253,16 +257,17 @@ def compare(num_tasks: int, options: Options) -> Iterator[dict[str, Any]]:
             "problem": "perceptron",
             "num_tasks": num_tasks,
             "method": method,
-            "steps_per_second": {kind: 1 / statistics.median(of) for kind, of in seconds.items()},
-            "time_over_bilb": {kind: ratio(of, seconds["bilb"]) for kind, of in seconds.items()},
-            "time_over_ls": ratio(seconds["bilb"], seconds.get("ls", seconds["bilb"])),
+            "steps_per_second": {k: 1 / float(np.median(of[:, 0])) for k, of in seconds.items()},
+            "time_over_bilb": {k: ratios(of, seconds["bilb"]) for k, of in seconds.items()},
+            "time_over_ls": ratios(seconds["bilb"], seconds.get("ls", seconds["bilb"])),
             "peak_mib": memory,
             "apart": apart,
         }
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """Returns the numbers in Markdown."""
+    """Returns the numbers in Markdown; ratios of processor time are in brackets."""
+    of_time = lambda of: f"{of['wall']:.2f} ({of['processor']:.2f})"
     head = ["K", "method", "bilb, steps/s", "bilb / its LS"]
     head += [f"{kind}: time / bilb's" for kind in OPPONENTS]
     head += ["bilb, peak MiB", *(f"{kind}: peak / bilb's" for kind in OPPONENTS), "losses apart"]
@@ -275,8 +280,8 @@ def table(found: Sequence[dict[str, Any]]) -> str:
                 str(of["num_tasks"]),
                 of["method"],
                 f"{of['steps_per_second']['bilb']:.0f}",
-                f"{of['time_over_ls']:.3f}",
-                *(f"{time_of[kind]:.2f}" if kind in time_of else "" for kind in OPPONENTS),
+                of_time(of["time_over_ls"]),
+                *(of_time(time_of[kind]) if kind in time_of else "" for kind in OPPONENTS),
                 f"{own:.0f}" if memory else "",
                 *(f"{memory[kind] / own:.2f}" if kind in memory else "" for kind in OPPONENTS),
                 f"{max(of['apart'].values(), default=0.0):.0e}",

@@ -87,7 +87,6 @@ def make(
     if method not in own:
         return None
     learnt = own[method]
-    initial = [task_losses(params, *batch).detach()]
 
     def objective():
         losses = task_losses(params, *batch)
@@ -95,7 +94,7 @@ def make(
             return losses.sum(), losses
         if method == "bilb4mtl":
             weights = learnt.sigmoid()
-            u = weights * (losses / initial[0]).log()
+            u = weights * losses
             gaps = (u[1:] - u[:-1]).abs().sum()
             return u.sum() / weights.sum().detach() + penalty * gaps, losses
         if method == "uw":

@@ -30,7 +30,7 @@ TESTS = pathlib.Path(__file__).parent
 ORACLES = pathlib.Path(os.environ.get("BILB_ORACLES") or TESTS / "data")
 
 # The examples import their neighbours the way scripts do, and so do the benchmarks. Those come
-# last: a name that is in both folders is that of the example; load_benchmark is for the other.
+# last: a name in both folders is that of the example, and load_benchmark is for the other.
 sys.path.insert(0, str(TESTS.parent / "examples"))
 sys.path.append(str(TESTS.parent / "benchmarks"))
 

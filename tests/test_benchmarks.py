@@ -142,6 +142,7 @@ def done(tmp_path_factory):
 
 
 class TestTuned:
+    @pytest.mark.slow
     def test_number_of_runs(self, done):
         _, _, lines = done
         count = lambda name, tuning: sum(
@@ -151,6 +152,7 @@ class TestTuned:
             assert (count(name, True), count(name, False)) == (2, 2)
         assert (count("constant", True), count("constant", False)) == (4, 2)
 
+    @pytest.mark.slow
     def test_the_rate_that_learns_is_chosen(self, done):
         options, _, lines = done
         book = tuned.Book(options.output / "runs.jsonl", options)
@@ -159,6 +161,7 @@ class TestTuned:
         tested = [x for x in lines if x["method"] == "ls" and x["seed"] < tuned.TUNING]
         assert {line["learning_rate"] for line in tested} == {1e-2}
 
+    @pytest.mark.slow
     def test_table(self, done):
         options, text, _ = done
         found = tuned.rows(
@@ -174,11 +177,13 @@ class TestTuned:
         assert set(by_name["constant"].p_values) == {"si", "ls"}
         assert set(by_name["si"].p_values) == {"ls"}
 
+    @pytest.mark.slow
     def test_nothing_is_run_twice(self, done, monkeypatch):
         options, text, _ = done
         monkeypatch.setattr(runs, "train", lambda *args: pytest.fail("trained again"))
         assert tuned.main(options, SMALL, "small") == text
 
+    @pytest.mark.slow
     def test_an_interrupted_benchmark_goes_on(self, done, tmp_path, monkeypatch):
         options, _, lines = done
         options = dataclasses.replace(options, output=tmp_path)
@@ -208,6 +213,7 @@ class TestTuned:
 
 
 class TestRuns:
+    @pytest.mark.slow
     def test_a_run_does_not_depend_on_its_neighbours(self):
         split = small_split()
         ones = np.ones((2, 1, 2))
@@ -218,6 +224,7 @@ class TestRuns:
         ):
             np.testing.assert_allclose(part[0], whole[1], rtol=1e-3)
 
+    @pytest.mark.slow
     def test_order_and_clip_change_the_run(self):
         split = small_split()
         one = runs.Runs(np.array([[1e-2]]), np.array([0]), np.ones((1, 1, 2)))
