@@ -1,4 +1,4 @@
-"""The whole of it in forty lines of code: two digits and their ink, Optax and Flax linen.
+"""The whole of it on one page: two digits and their ink, Optax and Flax linen.
 
 Pairs of real handwritten digits lie on one canvas (multidigits.py). One network reads both and
 estimates the ink in pixels, whose squared error is at first five hundred times a cross-entropy: a
