@@ -33,8 +33,8 @@ Rung 2, losses and their slopes along the step: one forward pass
 Rung 3, the Gram matrix of the task gradients, or their norms: K backward passes, or an estimate
 for one forward pass (how: grams)
     mgda, upgrad, dualproj, cagrad, nash_mtl, fairgrad, pcgrad, gradvac, imtl_g, aligned_mtl,
-    config, sdmgrad, modo, pcd, krum, gradnorm, lr_annealing, db_pinn, ntk_weights (how: curvatures);
-    cr_mogm smooths the weights of any method
+    config, sdmgrad, modo, pcd, krum, gradnorm, lr_annealing, db_pinn, ntk_weights (how:
+    curvatures); cr_mogm smooths the weights of any method
 
 Rung 4, the task gradients themselves: first link of an optimiser's chain
     graddrop, moco, db_mtl, excess_mtl, trimmed_mean

@@ -7,11 +7,11 @@ import sys
 
 import balancers
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pinn
 import pytest
+from contract import jit
 from equations import EQUATIONS
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
@@ -195,6 +195,7 @@ class TestBenchmark:
         ]
         assert (tmp_path / "pinn.png").read_bytes().startswith(b"\x89PNG")
 
+    @pytest.mark.slow
     def test_a_method_of_jinns_is_run_by_jinns(self):
         pytest.importorskip("jinns")
         setting = benchmark.Setting("burgers_viscous", "jinns.lr_annealing", 5e-3, 1.0, 20)
@@ -209,22 +210,25 @@ class TestBenchmark:
 
 class TestOneOptimizerForEachLoss:
     def test_adds_what_each_would_do_alone(self):
-        parameters = {"w": jnp.array([1.0, -2.0]), "b": jnp.array(0.5)}
-        gradients = [{"w": jnp.array([3.0, 1e-3]), "b": jnp.array(g)} for g in (0.1, -40.0)]
+        parameters = {"w": np.float32([1.0, -2.0]), "b": np.float32(0.5)}
+        gradients = [{"w": np.array([3.0, 1e-3]), "b": np.array(g)} for g in (0.1, -40.0)]
         adam = optax.adam(optax.cosine_decay_schedule(1e-2, 5))
         both = balancers.one_for_each_loss(adam, 2)
         state, alone = both.init(parameters), [adam.init(parameters)] * 2
+        together, apart = map(jit, (both.update, adam.update))
         for step in range(3):
-            of_step = [jax.tree.map(lambda g, s=step: g * (1 + s), g) for g in gradients]
-            stacked = jax.tree.map(lambda *g: jnp.stack(g), *of_step)
-            updates, state = both.update(stacked, state, parameters)
-            pairs = [adam.update(g, s) for g, s in zip(of_step, alone)]
+            longer = lambda g, times=1 + step: np.float32(times * g)
+            of_step = [jax.tree.map(longer, g) for g in gradients]
+            stacked = jax.tree.map(lambda *g: np.stack(g), *of_step)
+            updates, state = together(stacked, state, parameters)
+            pairs = [apart(g, s, parameters) for g, s in zip(of_step, alone)]
             alone = [s for _, s in pairs]
             expected = jax.tree.map(lambda a, b: a + b, *(u for u, _ in pairs))
             jax.tree.map(
                 lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), updates, expected
             )
 
+    @pytest.mark.slow
     def test_is_a_method_of_the_example(self):
         run = pinn.train(EQUATIONS["poisson"], "autobalance", seeds=[0], steps=10, hidden=(8,))
         plain = pinn.train(EQUATIONS["poisson"], "ls", seeds=[0], steps=10, hidden=(8,))
