@@ -39,6 +39,8 @@ class Settings(NamedTuple):
     clip: float | jax.Array
     floor: float | jax.Array
     agent: sac.Settings
+    units: str = "losses"
+    action: str = "sample"
 
 
 class Draws(NamedTuple):
@@ -74,6 +76,9 @@ def igb_v2(
     initial_temperature: float | jax.Array = 0.2,
     clip: float | jax.Array = 1e6,
     floor: float | jax.Array = 1e-8,
+    units: Literal["losses", "base"] = "losses",
+    residual: float | jax.Array | None = None,
+    action: Literal["sample", "mean"] = "sample",
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Weighs the log losses by the action of a soft actor-critic agent that learns as it goes.
@@ -187,6 +192,13 @@ def igb_v2(
     checks.number("initial_temperature", initial_temperature, minimum=0, exclusive=True)
     checks.number("clip", clip, minimum=0, exclusive=True)
     checks.number("floor", floor, minimum=0, exclusive=True)
+    checks.number("residual", residual, minimum=0, optional=True)
+    if units not in ("losses", "base"):
+        raise ValueError(f'units must be "losses" or "base"; got {units!r}.')
+    if action not in ("sample", "mean"):
+        raise ValueError(f'action must be "sample" or "mean"; got {action!r}.')
+    if residual is not None and units != "base":
+        raise ValueError('a residual changes the logits l / l^b: give units="base" as well.')
     if log_prob not in ("official", "gaussian"):
         raise ValueError(f'log_prob must be "official" or "gaussian"; got {log_prob!r}.')
     agent_settings = sac.Settings(
@@ -197,6 +209,7 @@ def igb_v2(
         polyak=polyak,
         log_prob=log_prob,
         optimizer=optimizer,
+        residual=residual,
     )
     settings = Settings(
         base_start=base_start,
@@ -208,6 +221,8 @@ def igb_v2(
         clip=clip,
         floor=floor,
         agent=agent_settings,
+        units=units,
+        action=action,
     )
 
     def init(num_tasks, dtype):
@@ -277,11 +292,19 @@ def igb_v2_step(
 
     gap = windows.relative(state.last_losses - observed, means.mean, settings.floor)
     gap = jnp.min(gap, where=usable & (state.base_counts > 0), initial=jnp.inf)
+
+    def seen(losses):
+        if settings.units == "losses":
+            return bounded(losses)
+        relative = windows.relative(losses, means.mean, settings.floor)
+        # A residual is one on IGBv1's logits, which are equal until the base losses are known.
+        return bounded(jnp.where(known & (means.count > 0), relative, 1.0))
+
     transition = sac.Transitions(
-        states=bounded(state.last_losses),
+        states=seen(state.last_losses),
         actions=state.weights,
         rewards=bounded(scale * jnp.where(gap < jnp.inf, gap, 0.0)),
-        next_states=bounded(observed),
+        next_states=seen(observed),
     )
     buffer = sac.store(state.buffer, transition, keep=known)
 
@@ -295,8 +318,9 @@ def igb_v2_step(
         settings.agent,
     )
 
-    random = losses.shape[0] * jax.nn.softmax(draws.warmup)
-    action = sac.act(agent.actor, bounded(observed), draws.action, settings.agent)
+    random = sac.weigh(draws.warmup, seen(observed), settings.agent.residual)
+    noise = draws.action if settings.action == "sample" else jnp.zeros_like(draws.action)
+    action = sac.act(agent.actor, seen(observed), noise, settings.agent)
     weights = jnp.where(state.step < settings.warmup_steps, random, action)
     if mask is not None:
         weights = jnp.where(mask, weights, state.weights)
