@@ -114,6 +114,11 @@ def igb_v2(
     tasks or a small model, ``hidden=(64, 64), batch_size=64, num_updates=10, buffer_size=1000``
     adds 2, 4 and 60 Mflop.
 
+    When not to use it: in short runs, and where the losses differ in scale. With the official
+    defaults the agent sees the losses as they are, and its weights swing between the tasks;
+    :func:`bilb.igb_v1` costs nothing more than a sum of losses. ``units``, ``residual`` and
+    ``action`` are options without these faults: :func:`bilb.presets.igb_v2_near_igb_v1`.
+
     An absent task, by ``mask`` or because its loss is not finite, stands in the agent's state with
     its last loss (0 before its first) and takes no part in the minimum of the reward, which is 0
     when no task is left. Transitions are stored all the same. With a mask its weight stays as it
@@ -146,6 +151,12 @@ def igb_v2(
         clip: positive bound on the magnitude of the losses and rewards that the agent sees, far
             above what losses are in practice; ``jnp.inf`` for none.
         floor: positive, in the units of the losses; of the logarithm and the base losses.
+        units: "losses", the official code's, or "base": the agent sees ``l / l^b``, 1 until the
+            base losses are known, so that no scale of a loss is seen anywhere.
+        residual: None for weights ``K softmax(u)`` of the agent alone, as in the official code; or
+            r >= 0 for ``K softmax(l / l^b + r tanh u)``, the weights of :func:`bilb.igb_v1` changed
+            by a factor of at most ``exp(2 r)``, during the warm-up, too. Needs ``units="base"``.
+        action: after the warm-up, "sample" from the policy, or act by its "mean", without noise.
         key: seed or JAX key.
 
     Returns:
@@ -155,8 +166,9 @@ def igb_v2(
         ``optax.inject_hyperparams`` give ``static_args=("buffer_size", "batch_size", "key")``.
 
     Raises:
-        ValueError: for concrete numbers outside these ranges, an unknown ``log_prob``, or
-            ``batch_size * buffer_size`` of 2**30 and more.
+        ValueError: for concrete numbers outside these ranges, an unknown ``log_prob``, ``units`` or
+            ``action``, a ``residual`` without ``units="base"``, or ``batch_size * buffer_size`` of
+            2**30 and more.
 
     Example:
         >>> import jax, jax.numpy as jnp, bilb
