@@ -5,7 +5,7 @@ the optimiser of the router is yours to choose (the official code trains it with
 and learning rate, the default here). With ``optax.inject_hyperparams``, ``num_features`` is static.
 
 :func:`marigold_pinn` and :func:`nash_pinn` are for losses that can reach zero, as those of
-physics-informed networks.
+physics-informed networks. :func:`igb_v2_near_igb_v1` is a form of IGBv2 for losses of any scales.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from bilb.bilevel.bilb4mtl import bilb4mtl
 from bilb.bilevel.marigold import marigold
 from bilb.chain import chain
 from bilb.gradient_balancing.nash_mtl import nash_mtl
+from bilb.improvable_gap.igb_v2 import igb_v2
 
 
 def bilb4mtl_cityscapes(
@@ -151,6 +152,57 @@ def bilb4mtl_qm9(
             divisor="stop_gradient_sum",
             optimizer=optimizer,
         ),
+    )
+
+
+def igb_v2_near_igb_v1(
+    steps_per_epoch: int | jax.Array,
+    *,
+    residual: float | jax.Array = 0.2,
+    optimizer: optax.GradientTransformation | None = None,
+    key: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """IGBv2 for losses of any scales, whose agent moves the weights of IGBv1 within bounds.
+
+    ``w = K softmax(l / l^b + r tanh u)``, in epochs as the official code. The agent sees losses in
+    units of the base losses and acts by the mean of its policy. It is a small one, with a reward
+    that outweighs the entropy: that of a step is of the order of the learning rate, and at the
+    official temperature of 0.2 the agent would learn to be random and nothing else. At worst it
+    changes a weight of :func:`bilb.igb_v1` by the factor ``exp(2 r)``, 1.5 by default.
+
+    Args:
+        steps_per_epoch: S; the base losses are those of the second epoch, the warm-up lasts five.
+        residual: r >= 0; 0 is IGBv1.
+        optimizer: of the agent; Adam at 3e-4 if None.
+        key: seed or JAX key.
+
+    Returns:
+        A loss transformation; see :func:`bilb.igb_v2` for errors and state.
+
+    Example:
+        >>> import bilb
+        >>> balancer = bilb.presets.igb_v2_near_igb_v1(steps_per_epoch=100)
+
+    References:
+        Dai et al., *Improvable Gap Balancing for Multi-Task Learning*, UAI 2023,
+        arXiv 2307.15429, of which this is a variant.
+    """
+    return igb_v2(
+        steps_per_epoch,
+        steps_per_epoch,
+        warmup_steps=5 * steps_per_epoch,
+        update_after=3 * steps_per_epoch,
+        num_updates=10,
+        buffer_size=1000,
+        batch_size=64,
+        reward_scale=10.0,
+        hidden=(64, 64),
+        optimizer=optimizer,
+        initial_temperature=1e-3,
+        units="base",
+        residual=residual,
+        action="mean",
+        key=key,
     )
 
 

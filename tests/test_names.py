@@ -262,10 +262,15 @@ def test_aggregators_take_named_losses_masks_and_hyperparameters():
         (bilb.db_mtl(3), bilb.db_mtl(3)),
     ):
         state = by_array.init(PARAMS)
-        given = {"losses": losses, "mask": by_name(mask)}
-        result, _ = by_names.update(gradients, state, PARAMS, **given)
-        expected, _ = by_array.update(gradients, state, PARAMS, losses=of_vector, mask=mask)
-        assert_close(result, expected)
+
+        @jax.jit
+        def both(gradients, by_names=by_names, by_array=by_array, state=state):
+            given = {"losses": losses, "mask": by_name(mask)}
+            result, _ = by_names.update(gradients, state, PARAMS, **given)
+            expected, _ = by_array.update(gradients, state, PARAMS, losses=of_vector, mask=mask)
+            return result, expected
+
+        assert_close(*both(gradients))
 
 
 def test_derivatives_by_hand_take_named_losses():

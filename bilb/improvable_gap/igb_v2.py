@@ -39,6 +39,8 @@ class Settings(NamedTuple):
     clip: float | jax.Array
     floor: float | jax.Array
     agent: sac.Settings
+    units: str = "losses"
+    action: str = "sample"
 
 
 class Draws(NamedTuple):
@@ -74,6 +76,9 @@ def igb_v2(
     initial_temperature: float | jax.Array = 0.2,
     clip: float | jax.Array = 1e6,
     floor: float | jax.Array = 1e-8,
+    units: Literal["losses", "base"] = "losses",
+    residual: float | jax.Array | None = None,
+    action: Literal["sample", "mean"] = "sample",
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Weighs the log losses by the action of a soft actor-critic agent that learns as it goes.
@@ -109,6 +114,11 @@ def igb_v2(
     tasks or a small model, ``hidden=(64, 64), batch_size=64, num_updates=10, buffer_size=1000``
     adds 2, 4 and 60 Mflop.
 
+    When not to use it: in short runs, and where the losses differ in scale. With the official
+    defaults the agent sees the losses as they are, and its weights swing between the tasks;
+    :func:`bilb.igb_v1` costs nothing more than a sum of losses. ``units``, ``residual`` and
+    ``action`` are options without these faults: :func:`bilb.presets.igb_v2_near_igb_v1`.
+
     An absent task, by ``mask`` or because its loss is not finite, stands in the agent's state with
     its last loss (0 before its first) and takes no part in the minimum of the reward, which is 0
     when no task is left. Transitions are stored all the same. With a mask its weight stays as it
@@ -141,6 +151,12 @@ def igb_v2(
         clip: positive bound on the magnitude of the losses and rewards that the agent sees, far
             above what losses are in practice; ``jnp.inf`` for none.
         floor: positive, in the units of the losses; of the logarithm and the base losses.
+        units: "losses", the official code's, or "base": the agent sees ``l / l^b``, 1 until the
+            base losses are known, so that no scale of a loss is seen anywhere.
+        residual: None for weights ``K softmax(u)`` of the agent alone, as in the official code; or
+            r >= 0 for ``K softmax(l / l^b + r tanh u)``, the weights of :func:`bilb.igb_v1` changed
+            by a factor of at most ``exp(2 r)``, during the warm-up, too. Needs ``units="base"``.
+        action: after the warm-up, "sample" from the policy, or act by its "mean", without noise.
         key: seed or JAX key.
 
     Returns:
@@ -150,8 +166,9 @@ def igb_v2(
         ``optax.inject_hyperparams`` give ``static_args=("buffer_size", "batch_size", "key")``.
 
     Raises:
-        ValueError: for concrete numbers outside these ranges, an unknown ``log_prob``, or
-            ``batch_size * buffer_size`` of 2**30 and more.
+        ValueError: for concrete numbers outside these ranges, an unknown ``log_prob``, ``units`` or
+            ``action``, a ``residual`` without ``units="base"``, or ``batch_size * buffer_size`` of
+            2**30 and more.
 
     Example:
         >>> import jax, jax.numpy as jnp, bilb
@@ -187,6 +204,13 @@ def igb_v2(
     checks.number("initial_temperature", initial_temperature, minimum=0, exclusive=True)
     checks.number("clip", clip, minimum=0, exclusive=True)
     checks.number("floor", floor, minimum=0, exclusive=True)
+    checks.number("residual", residual, minimum=0, optional=True)
+    if units not in ("losses", "base"):
+        raise ValueError(f'units must be "losses" or "base"; got {units!r}.')
+    if action not in ("sample", "mean"):
+        raise ValueError(f'action must be "sample" or "mean"; got {action!r}.')
+    if residual is not None and units != "base":
+        raise ValueError('a residual changes the logits l / l^b: give units="base" as well.')
     if log_prob not in ("official", "gaussian"):
         raise ValueError(f'log_prob must be "official" or "gaussian"; got {log_prob!r}.')
     agent_settings = sac.Settings(
@@ -197,6 +221,7 @@ def igb_v2(
         polyak=polyak,
         log_prob=log_prob,
         optimizer=optimizer,
+        residual=residual,
     )
     settings = Settings(
         base_start=base_start,
@@ -208,6 +233,8 @@ def igb_v2(
         clip=clip,
         floor=floor,
         agent=agent_settings,
+        units=units,
+        action=action,
     )
 
     def init(num_tasks, dtype):
@@ -281,11 +308,19 @@ def igb_v2_step(
 
     gap = windows.relative(state.last_losses - observed, means.mean, settings.floor)
     gap = jnp.min(gap, where=usable & (state.base_counts > 0), initial=jnp.inf)
+
+    def seen(losses):
+        if settings.units == "losses":
+            return bounded(losses)
+        relative = windows.relative(losses, means.mean, settings.floor)
+        # A residual is one on IGBv1's logits, which are equal until the base losses are known.
+        return bounded(jnp.where(known & (means.count > 0), relative, 1.0))
+
     transition = sac.Transitions(
-        states=bounded(state.last_losses),
+        states=seen(state.last_losses),
         actions=state.weights,
         rewards=bounded(scale * jnp.where(gap < jnp.inf, gap, 0.0)),
-        next_states=bounded(observed),
+        next_states=seen(observed),
     )
     buffer = sac.store(state.buffer, transition, keep=known)
 
@@ -299,8 +334,9 @@ def igb_v2_step(
         settings.agent,
     )
 
-    random = losses.shape[0] * jax.nn.softmax(draws.warmup)
-    action = sac.act(agent.actor, bounded(observed), draws.action, settings.agent)
+    random = sac.weigh(draws.warmup, seen(observed), settings.agent.residual)
+    noise = draws.action if settings.action == "sample" else jnp.zeros_like(draws.action)
+    action = sac.act(agent.actor, seen(observed), noise, settings.agent)
     weights = jnp.where(state.step < settings.warmup_steps, random, action)
     if mask is not None:
         weights = jnp.where(mask, weights, state.weights)

@@ -35,6 +35,8 @@ class Settings(NamedTuple):
         discount: of the next state's value, 0 to 1.
         polyak: share of the critic that enters its target per update, 0 to 1.
         log_prob: "official" or "gaussian", see :func:`log_prob`; static.
+        residual: bound on what the action adds to the state as logits, see :func:`weigh`; None for
+            logits of its own.
         optimizer: of actor, critic and temperature, each with a state of its own; static.
     """
 
@@ -45,6 +47,7 @@ class Settings(NamedTuple):
     polyak: float | jax.Array = 0.005
     log_prob: Literal["official", "gaussian"] = "official"
     optimizer: optax.GradientTransformation = optax.adam(3e-4)
+    residual: float | jax.Array | None = None
 
 
 class Losses(NamedTuple):
@@ -229,7 +232,7 @@ def grown(most: int | jax.Array, buffer: ReplayBuffer) -> jax.Array:
 def act(
     actor: base.PyTree, state: jax.Array, noise: jax.Array, settings: Settings = Settings()
 ) -> jax.Array:
-    """Returns the action ``K softmax(μ + σ noise)``.
+    """Returns the action, the weights of the logits ``μ + σ noise`` (:func:`weigh`).
 
     Args:
         actor: parameters of the actor.
@@ -249,7 +252,17 @@ def policy(
     """Returns the action of :func:`act` (..., K) and its log-probability (...)."""
     mean, log_std = Actor(settings.hidden).apply(actor, state)
     u = mean + jnp.exp(log_std) * noise
-    return state.shape[-1] * jax.nn.softmax(u), log_prob(u, log_std, noise, settings.log_prob)
+    return weigh(u, state, settings.residual), log_prob(u, log_std, noise, settings.log_prob)
+
+
+def weigh(u: jax.Array, state: jax.Array, residual: float | jax.Array | None = None) -> jax.Array:
+    """Returns weights of sum K: ``K softmax(u)``, or with a residual r ``K softmax(s + r tanh u)``.
+
+    With a residual and the state ``s = l / l^b`` they are IGBv1's, each changed by a factor of at
+    most ``exp(2 r)``.
+    """
+    logits = u if residual is None else state + residual * jnp.tanh(u)
+    return u.shape[-1] * jax.nn.softmax(logits)
 
 
 def log_prob(
