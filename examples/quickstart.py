@@ -42,8 +42,7 @@ def train(name, balancer, data, steps):
 
     @jax.jit
     def train_step(params, balance, opt_state, rows):
-        batch = [x[rows] for x in data]
-        losses, grads, balance = value_and_grad(params, balance, *batch)
+        losses, grads, balance = value_and_grad(params, balance, *(x[rows] for x in data))
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), balance, opt_state, losses
 
@@ -57,19 +56,16 @@ def train(name, balancer, data, steps):
 
 def main(steps: int = 1000):
     """Trains on pairs of 900 digits with three balancers and tests on pairs of the others."""
-    pools = zip(multidigits.digit_pools(), (6_000, 2_000), strict=True)
-    train_pairs, (canvases, truths) = (
-        multidigits.make_pairs(*pool, size, seed=size) for pool, size in pools
-    )
-    data = [jnp.asarray(x) for x in (train_pairs[0], *train_pairs[1])]
+    seen, unseen = multidigits.digit_pools()
+    canvases, targets = multidigits.make_pairs(*seen, 6_000, seed=1)
+    test, truths = multidigits.make_pairs(*unseen, 2_000, seed=2)
+    data = [jnp.asarray(x) for x in (canvases, *targets)]
+    balancers = {"sum": bilb.linear_scalarization(), "log": bilb.log_losses()}
+    balancers["bilb4mtl"] = bilb.chain(bilb.log_losses(), bilb.bilb4mtl(penalty=0.05))
     table = [["method", "left, wrong %", "right, wrong %", "ink, |error| px", "last weights"]]
-    for name, balancer in {
-        "sum": bilb.linear_scalarization(),
-        "log": bilb.log_losses(),
-        "bilb4mtl": bilb.chain(bilb.log_losses(), bilb.bilb4mtl(penalty=0.05)),
-    }.items():
+    for name, balancer in balancers.items():
         params, weights = train(name, balancer, data, steps)
-        *digits, guess = Network().apply(params, canvases)
+        *digits, guess = Network().apply(params, test)
         errors = [100 * jnp.mean(d.argmax(1) != y) for d, y in zip(digits, truths)]
         errors.append(jnp.abs(guess - truths[2]).mean())
         table.append([name, *map(report.three_digits, errors), str(np.array(weights).round(3))])
