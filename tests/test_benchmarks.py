@@ -343,6 +343,14 @@ class TestCost:
         cost.main(options)  # nothing is left to measure
         assert protocol.read(tmp_path / "cost.jsonl") == lines
 
+    @pytest.mark.parametrize("name", [*cost.TRAINING_STEPS])
+    def test_methods_that_are_training_steps(self, name):
+        options = cost.Options(inputs=4, width=8, depth=1, batch_size=4)
+        of, plain = (cost.training(method, options, 3) for method in (name, "ls"))
+        assert jax.tree.structure(jax.eval_shape(of.step, of.carry)) == jax.tree.structure(of.carry)
+        products = lambda t: cost.counting.product_flops(jax.make_jaxpr(t.step)(t.carry).jaxpr)
+        assert products(of) > 1.5 * products(plain)
+
     def test_expected_seconds(self):
         lines = [{"method": "mgda", "num_tasks": 10, "seconds": 0.05}]
         assert cost.expected_seconds(lines, "mgda", 2) == 0
