@@ -44,7 +44,7 @@ class Options:
     """The problems."""
     methods: tuple[str, ...] = ()
     """Methods and chains, with @field=value where something is given to them."""
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     """Initial learning rates of Adam to choose from."""
     tuning_seeds: int = 3
     """Seeds with which learning rates are chosen."""
