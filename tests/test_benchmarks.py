@@ -387,6 +387,15 @@ class TestSideBySide:
         for _ in range(5):
             np.testing.assert_allclose(theirs(), ours(), rtol=2e-4)
 
+    def test_peak_memory_is_that_of_what_is_known(self, benchmark):
+        # One layer: parameters and two moments of them, the batch, and the gradient at least.
+        options = benchmark.Options(inputs=64, width=512, depth=1, batch_size=4)
+        problem = benchmark.Problem(options, num_tasks=2)
+        kernels = sum(kernel.nbytes for kernel in problem.kernels)
+        for kind in ("bilb", "torch"):
+            peak = benchmark.make_step(kind, "ls", problem).peak_bytes()
+            assert 3 * kernels < peak < 6 * kernels
+
     def test_no_such_step(self, benchmark):
         problem = benchmark.Problem(benchmark.Options(), num_tasks=2)
         assert benchmark.make_step("torch", "mgda", problem) is None
