@@ -9,9 +9,8 @@ Both train one perceptron with K linear heads on the same batch with Adam. The o
 Every round takes a few steps of each, in turns, so that what else the machine does hits all alike;
 the table has the median over the rounds of the ratios to bilb's own time and, in brackets, to its
 processor time, which other work disturbs less, but which counts threads that wait for each other.
-Peak memory is what parameters, optimiser and
-batch take and, on top of it, what XLA says that the step needs, or what PyTorch's profiler sees
-allocated at most.
+Peak memory is what parameters, optimiser and batch take and, on top of it, what XLA says that the
+step needs, or what PyTorch's profiler sees allocated at most.
 
     pip install 'bilb[bench-torch]'
     python benchmarks/side_by_side.py
