@@ -16,7 +16,8 @@ are measured, each relative to linear scalarisation (LS), the plain sum of the l
     python benchmarks/cost.py --rounds 0                        # without times
     python benchmarks/cost.py --report                          # table and figure of what is there
 
-A method may be a chain, and ``method@gram=stacked`` or ``@gram=sketch`` says how Gram matrices are
+Rows ``ls`` compare LS with itself: what their times differ from 1 is noise. A chain of methods is
+a method, too, and ``method@gram=stacked`` or ``@gram=sketch`` says how Gram matrices are
 taken. Every method at every K is one line of cost.jsonl as soon as it is measured, and is not
 measured again. Times are left out where a step of the method is expected to take more than
 ``--longest`` seconds.
@@ -49,6 +50,8 @@ import experiment
 import protocol
 import report
 
+import bilb
+
 BASELINE = "ls"
 #: Other names of methods that are in the table, and whole settings for equations.
 LEFT_OUT = ("log", "root", "marigold_pinn", "nash_pinn")
@@ -60,10 +63,20 @@ VARIANTS = (
     "imtl_g@gram=sketch@decay=0.99",
     "gradnorm@gram=sketch",
 )
+#: Methods that are training steps of their own; with a validation batch, here the batch itself.
+TRAINING_STEPS = {
+    "bilb4mtl_double_loop": lambda *given: bilb.bilb4mtl_double_loop(
+        *given, inner_optimizer=optax.sgd(1e-3)
+    ),
+    "auto_lambda": lambda *given: bilb.auto_lambda(*given, inner_learning_rate=1e-3),
+    "moml": lambda *given: bilb.moml(*given, inner_learning_rate=1e-3),
+    "forum": lambda *given: bilb.forum(*given, inner_learning_rate=1e-3),
+}
 METHODS = (
     *(name for name in balancers.METHODS if name not in LEFT_OUT),
     *balancers.AGGREGATORS,
     *VARIANTS,
+    *TRAINING_STEPS,
 )
 #: In the figure, one or two of each rung.
 DRAWN = ("bilb4mtl", "igb_v1", "igb_v2", "marigold", "famo", "mgda@gram=sketch@decay=0.99", "mgda")
@@ -102,7 +115,8 @@ class Options:
             parsed = [protocol.parse(name, FIELDS) for name in self.methods]
         except ValueError as error:
             return str(error)
-        if mistake := balancers.mistake([method for method, _ in parsed]):
+        known = balancers.METHODS | TRAINING_STEPS
+        if mistake := balancers.mistake([method for method, _ in parsed], known):
             return mistake
         for _, fields in parsed:
             if fields.get("gram", "exact") not in balancers.GRAMS:
@@ -157,6 +171,8 @@ def training(name: str, options: Options, num_tasks: int) -> Training:
         jax.random.normal(keys[1], (options.batch_size, num_tasks)),
     )
     params = init_params(keys[2], options, num_tasks)
+    if method in TRAINING_STEPS:
+        return training_of_its_own(method, settings.learning_rate, params, batch)
     shared = {name: name != "heads" for name in params}
     value_and_grad = experiment.driver(settings, method, task_losses, shared)
     optimizer = optax.adam(settings.learning_rate)
@@ -171,6 +187,19 @@ def training(name: str, options: Options, num_tasks: int) -> Training:
     return Training(
         step, (params, optimizer.init(params), value_and_grad.init(params, batch), batch)
     )
+
+
+def training_of_its_own(method: str, learning_rate: float, params: Any, batch: Any) -> Training:
+    """Returns the training step of a method that evaluates the model itself."""
+    of = TRAINING_STEPS[method](task_losses, optax.adam(learning_rate))
+    batches = (batch,) if method == "bilb4mtl_double_loop" else (batch, batch)
+
+    def step(carry):
+        params, state, batches = carry
+        params, state, _ = of.update(params, state, *batches)
+        return params, state, batches
+
+    return Training(step, (params, of.init(params, batch), batches))
 
 
 def counted(of: Training) -> tuple[Any, dict[str, float]]:

@@ -26,8 +26,8 @@ Rows that are there to keep the table honest:
   between it and ``si`` is noise.
 
 ``method@field=value`` gives a method what it takes: ``bilb4mtl@penalty=0.01``,
-``mgda@gram=sketch@decay=0.99``. Every run is one line of runs.jsonl as soon as its method is done,
-and nothing is run twice: an interrupted benchmark goes on where it stopped.
+``mgda@gram=sketch@decay=0.99``. Every run is one line of reduced.jsonl as soon as its method is
+done, and nothing is run twice: an interrupted benchmark goes on where it stopped.
 """
 
 from __future__ import annotations

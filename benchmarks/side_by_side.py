@@ -9,13 +9,12 @@ Both train one perceptron with K linear heads on the same batch with Adam. The o
 Every round takes a few steps of each, in turns, so that what else the machine does hits all alike;
 the table has the median over the rounds of the ratios to bilb's own time and, in brackets, to its
 processor time, which other work disturbs less, but which counts threads that wait for each other.
-Peak memory is that of a
-process that does nothing else: the size of parameters and optimiser, and what resident memory
-rises above that, or above what is left of compilation, while steps are taken.
+Peak memory is what parameters, optimiser and batch take and, on top of it, what XLA says that the
+step needs, or what PyTorch's profiler sees allocated at most.
 
     pip install 'bilb[bench-torch]'
     python benchmarks/side_by_side.py
-    python benchmarks/side_by_side.py --methods bilb4mtl --num-tasks 40 --rounds 51 --no-memory
+    python benchmarks/side_by_side.py --methods bilb4mtl --num-tasks 40 --rounds 51
     taskset -c 0 python benchmarks/side_by_side.py              # one thread each, on one core
 
 Every method is a line of side_by_side.jsonl as soon as it is measured, and is not measured again.
@@ -29,9 +28,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
-import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -91,10 +87,6 @@ class Options:
     """Timed rounds."""
     steps: int = 5
     """Steps of each opponent in a round."""
-    memory: bool = True
-    """Also measure peak memory, each in a process of its own."""
-    of: str | None = None
-    """Only print the peak memory of one step in this process, such as bilb:mgda."""
     output: Path = Path("outputs/side_by_side")
     """Folder for the tables and the numbers."""
 
@@ -158,6 +150,12 @@ class BilbStep:
         jax.block_until_ready(self.carry)
         return np.asarray(losses)
 
+    def peak_bytes(self) -> float:
+        """Returns the memory of the compiled step: arguments, results and temporaries."""
+        of = self.step.lower(*self.carry, *self.batch).compile().memory_analysis()
+        sizes = of.argument_size_in_bytes + of.output_size_in_bytes - of.alias_size_in_bytes
+        return sizes + of.temp_size_in_bytes
+
 
 def make_step(kind: str, method: str, problem: Problem) -> Callable[[], np.ndarray] | None:
     """Returns a step of bilb or of an opponent, None where the opponent has none of the method."""
@@ -195,46 +193,6 @@ def ratios(seconds: np.ndarray, reference: np.ndarray) -> dict[str, float]:
     return {"wall": wall, "processor": processor}
 
 
-def resident(field: str) -> float:
-    """Returns a field of this process's status in MiB: VmRSS or VmHWM, the peak."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 1024
-
-
-def peak_memory(kind: str, method: str, options: Options) -> float:
-    """Returns the peak of resident memory in MiB that steps need, in this process."""
-    problem = Problem(options, options.num_tasks[0])
-    if kind != "bilb":
-        torch_steps.load()
-    before = resident("VmRSS")
-    step = make_step(kind, method, problem)
-    for _ in range(3):
-        step()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again at VmRSS
-    compiled = resident("VmRSS")
-    for _ in range(5):
-        step()
-    # What the compiler left behind is no memory of the step: the resident parameters and states
-    # are counted by their size.
-    held = sum(kernel.nbytes for kernel in problem.kernels) * 3 / 2**20
-    return held + max(0.0, resident("VmHWM") - max(compiled, before + held))
-
-
-def peak_in_a_process(kind: str, method: str, num_tasks: int, options: Options) -> float:
-    """Returns the peak memory, measured in a process that does nothing else."""
-    sizes = ("inputs", "width", "depth", "batch_size")
-    flags = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in sizes]
-    command = [sys.executable, __file__, "--of", f"{kind}:{method}", *flags]
-    command += ["--num-tasks", str(num_tasks)]
-    # Freed blocks go back to the system at once, so that resident memory is memory in use.
-    environment = os.environ | {
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def compare(num_tasks: int, options: Options) -> Iterator[dict[str, Any]]:
     """Yields the numbers of every method, opponents as far as they have it."""
     for method in options.methods:
@@ -250,9 +208,7 @@ def compare(num_tasks: int, options: Options) -> Iterator[dict[str, Any]]:
         if method != "ls":
             steps["ls"] = BilbStep("ls", problem)
         seconds = time_rounds(steps, options.rounds, options.steps)
-        memory = {}
-        if options.memory:
-            memory = {kind: peak_in_a_process(kind, method, num_tasks, options) for kind in losses}
+        memory = {kind: step.peak_bytes() / 2**20 for kind, step in steps.items() if kind in losses}
         yield {
             "problem": "perceptron",
             "num_tasks": num_tasks,
@@ -294,10 +250,6 @@ def main(options: Options) -> None:
     """Compares and writes table and numbers."""
     if mistake := options.mistake():
         sys.exit(f"error: {mistake}")
-    if options.of:
-        kind, method = options.of.split(":")
-        print(json.dumps(peak_memory(kind, method, options)))
-        return
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "side_by_side.jsonl"
     for num_tasks in options.num_tasks:

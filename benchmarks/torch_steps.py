@@ -46,10 +46,34 @@ def task_losses(params: list[Any], inputs: Any, targets: Any) -> Any:
     return ((inputs @ heads - targets) ** 2).mean(0)
 
 
+class TorchStep:
+    """A step that trains and gives the losses before it."""
+
+    def __init__(self, step: Callable[[], np.ndarray], held: Callable[[], list[Any]]):
+        """Keeps the step, and a function for the tensors that stay from one to the next."""
+        self.step, self.held = step, held
+
+    def __call__(self) -> np.ndarray:
+        """Takes a step."""
+        return self.step()
+
+    def peak_bytes(self) -> float:
+        """Returns the bytes that stay, and the most that a step has allocated beside them."""
+        torch, _ = load()
+        self.step()
+        held = sum(tensor.nbytes for tensor in self.held())
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            self.step()
+        events = profile.profiler.kineto_results.events()
+        memory = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+        return held + max(np.cumsum([event.nbytes() for event in memory]), default=0)
+
+
 def make(
     kind: str, method: str, problem: Any, *, learning_rate: float, penalty: float
-) -> Callable[[], np.ndarray] | None:
-    """Returns a step that trains and gives the losses before it, None if there is none.
+) -> TorchStep | None:
+    """Returns a step of PyTorch, None if there is none.
 
     Args:
         kind: ``torch``, ``compiled`` or ``torchjd``.
@@ -61,6 +85,12 @@ def make(
     torch, torchjd = load()
     params = [torch.tensor(kernel, requires_grad=True) for kernel in problem.kernels]
     batch = torch.tensor(problem.inputs), torch.tensor(problem.targets)
+
+    def held(*optimizers):
+        states = [of for optimizer in optimizers for of in optimizer.state.values()]
+        tensors = [value for of in states for value in of.values() if torch.is_tensor(value)]
+        return [*params, *batch, *tensors]
+
     adam = lambda params, rate=learning_rate, **more: torch.optim.Adam(params, lr=rate, **more)
     if kind == "torchjd":
         if method not in TORCHJD:
@@ -76,7 +106,7 @@ def make(
             optimizer.zero_grad()
             return losses.detach().numpy()
 
-        return step
+        return TorchStep(step, lambda: held(optimizer))
     num_tasks = problem.targets.shape[1]
     own = {
         "ls": None,
@@ -114,7 +144,6 @@ def make(
     of_logits = adam([learnt], 0.025, weight_decay=1e-3) if method == "famo" else None
 
     def step():
-        optimizer.zero_grad()
         value, losses = forward()
         value.backward()
         optimizer.step()
@@ -124,6 +153,7 @@ def make(
                 z = learnt.softmax(0)
                 learnt.grad = z * (change - z @ change)
                 of_logits.step()
+        optimizer.zero_grad()
         return losses.detach().numpy()
 
-    return step
+    return TorchStep(step, lambda: held(optimizer))

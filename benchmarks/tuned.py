@@ -44,7 +44,7 @@ class Options:
     """The problems."""
     methods: tuple[str, ...] = ()
     """Methods and chains, with @field=value where something is given to them."""
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     """Initial learning rates of Adam to choose from."""
     tuning_seeds: int = 3
     """Seeds with which learning rates are chosen."""
@@ -360,7 +360,7 @@ def figure(found: Mapping[str, Sequence[Row]]) -> Figure:
 
 def publish(splits: Mapping[str, Split], options: Options, name: str) -> str:
     """Writes the tables as Markdown and a figure; returns the tables."""
-    book = Book(options.output / "runs.jsonl", options)
+    book = Book(options.output / f"{name}.jsonl", options)
     found = {split.problem.title: rows(split, name, book) for name, split in splits.items()}
     found = {title: of for title, of in found.items() if of}
     parts = [f"## {title}\n\n{table(of)}" for title, of in found.items()]
@@ -376,7 +376,7 @@ def main(options: Options, problems: Mapping[str, Callable[[], Split]], name: st
     """Trains what is missing and returns the tables."""
     if mistake := options.mistake(problems):
         sys.exit(f"error: {mistake}")
-    book = Book(options.output / "runs.jsonl", options)
+    book = Book(options.output / f"{name}.jsonl", options)
     splits = {}
     for problem in options.problems:
         try:

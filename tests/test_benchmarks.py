@@ -138,7 +138,7 @@ def done(tmp_path_factory):
     """Options, table and lines of a benchmark that ran to its end."""
     folder = tmp_path_factory.mktemp("tuned")
     options = small_options(folder, "ls", "si", "constant")
-    return options, tuned.main(options, SMALL, "small"), protocol.read(folder / "runs.jsonl")
+    return options, tuned.main(options, SMALL, "small"), protocol.read(folder / "small.jsonl")
 
 
 class TestTuned:
@@ -155,7 +155,7 @@ class TestTuned:
     @pytest.mark.slow
     def test_the_rate_that_learns_is_chosen(self, done):
         options, _, lines = done
-        book = tuned.Book(options.output / "runs.jsonl", options)
+        book = tuned.Book(options.output / "small.jsonl", options)
         assert book.chosen(small_split(), "small", "ls").learning_rates == (1e-2,)
         assert book.chosen(small_split(), "small", "STL").learning_rates == (1e-2, 1e-2)
         tested = [x for x in lines if x["method"] == "ls" and x["seed"] < tuned.TUNING]
@@ -165,7 +165,7 @@ class TestTuned:
     def test_table(self, done):
         options, text, _ = done
         found = tuned.rows(
-            small_split(), "small", tuned.Book(options.output / "runs.jsonl", options)
+            small_split(), "small", tuned.Book(options.output / "small.jsonl", options)
         )
         assert [row.name for row in found[:2]] == ["STL", "STL-log"]
         assert np.mean([*found[0].delta_m["STL"].values()]) == pytest.approx(0, abs=1e-4)
@@ -188,13 +188,13 @@ class TestTuned:
         options, _, lines = done
         options = dataclasses.replace(options, output=tmp_path)
         last = [x for x in lines if x["method"] == "constant" and x["seed"] == 1]
-        protocol.append(tmp_path / "runs.jsonl", [x for x in lines if x not in last])
+        protocol.append(tmp_path / "small.jsonl", [x for x in lines if x not in last])
         trained = []
         train = runs.train
         monkeypatch.setattr(runs, "train", lambda *a: trained.append(a[2].seeds) or train(*a))
         tuned.main(options, SMALL, "small")
         assert [seeds.tolist() for seeds in trained] == [[1, 1]]  # the group filled up
-        again = [x for x in protocol.read(tmp_path / "runs.jsonl") if x["method"] == "constant"]
+        again = [x for x in protocol.read(tmp_path / "small.jsonl") if x["method"] == "constant"]
         np.testing.assert_allclose(again[-1]["errors"], last[0]["errors"], rtol=1e-5)
 
     @pytest.mark.parametrize(
@@ -310,7 +310,9 @@ class TestMultiMNIST:
             output=tmp_path,
         )
         tuned.main(options, multimnist.PROBLEMS, "multimnist")
-        errors = [x["errors"] for x in protocol.read(tmp_path / "runs.jsonl") if x["seed"] == 0]
+        errors = [
+            x["errors"] for x in protocol.read(tmp_path / "multimnist.jsonl") if x["seed"] == 0
+        ]
         assert np.max(errors) < 60  # guessing is wrong in 90 % of the cases
 
 
@@ -342,6 +344,14 @@ class TestCost:
         assert (tmp_path / "cost.png").stat().st_size > 1_000
         cost.main(options)  # nothing is left to measure
         assert protocol.read(tmp_path / "cost.jsonl") == lines
+
+    @pytest.mark.parametrize("name", [*cost.TRAINING_STEPS])
+    def test_methods_that_are_training_steps(self, name):
+        options = cost.Options(inputs=4, width=8, depth=1, batch_size=4)
+        of, plain = (cost.training(method, options, 3) for method in (name, "ls"))
+        assert jax.tree.structure(jax.eval_shape(of.step, of.carry)) == jax.tree.structure(of.carry)
+        products = lambda t: cost.counting.product_flops(jax.make_jaxpr(t.step)(t.carry).jaxpr)
+        assert products(of) > 1.5 * products(plain)
 
     def test_expected_seconds(self):
         lines = [{"method": "mgda", "num_tasks": 10, "seconds": 0.05}]
@@ -378,6 +388,15 @@ class TestSideBySide:
         ours, theirs = (benchmark.make_step(k, method, problem) for k in ("bilb", kind))
         for _ in range(5):
             np.testing.assert_allclose(theirs(), ours(), rtol=2e-4)
+
+    def test_peak_memory_is_that_of_what_is_known(self, benchmark):
+        # One layer: parameters and two moments of them, the batch, and the gradient at least.
+        options = benchmark.Options(inputs=64, width=512, depth=1, batch_size=4)
+        problem = benchmark.Problem(options, num_tasks=2)
+        kernels = sum(kernel.nbytes for kernel in problem.kernels)
+        for kind in ("bilb", "torch"):
+            peak = benchmark.make_step(kind, "ls", problem).peak_bytes()
+            assert 3 * kernels < peak < 6 * kernels
 
     def test_no_such_step(self, benchmark):
         problem = benchmark.Problem(benchmark.Options(), num_tasks=2)
