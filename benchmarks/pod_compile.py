@@ -227,10 +227,21 @@ def heading(options: Options) -> str:
     )
 
 
+def publish(rows: Sequence[Row], failures: Sequence[Failure], options: Options) -> str:
+    """Writes the table and its numbers, and returns the table."""
+    failed = [f"* {f.topology} {f.method} cannot be compiled: {f.error}" for f in failures]
+    text = "\n".join([heading(options), "", markdown(rows), *([""] * bool(failed)), *failed])
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "pod_compile.md").write_text(text + "\n")
+    found = [dataclasses.asdict(row) for row in (*rows, *failures)]
+    (options.output / "pod_compile.json").write_text(json.dumps(found, indent=1))
+    return text
+
+
 def main(options: Options) -> None:
     if unknown := set(options.method) - PROGRAMS.keys():
         sys.exit(f"error: unknown method {min(unknown)}; choose from: {', '.join(PROGRAMS)}")
-    rows, failures = [], []
+    rows, failures, text = [], [], ""
     for topology in options.topology:
         for method in options.method:
             try:
@@ -243,13 +254,8 @@ def main(options: Options) -> None:
                 failures.append(Failure(topology, method, lines[0]))
                 what = f"not compiled: {lines[0]}"
             print(f"{topology} {method}: {what}", flush=True)
-    failed = [f"* {f.topology} {f.method} cannot be compiled: {f.error}" for f in failures]
-    text = "\n".join([heading(options), "", markdown(rows), *([""] * bool(failed)), *failed])
+            text = publish(rows, failures, options)
     print(text)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "pod_compile.md").write_text(text + "\n")
-    found = [dataclasses.asdict(row) for row in (*rows, *failures)]
-    (options.output / "pod_compile.json").write_text(json.dumps(found, indent=1))
     if failures:
         sys.exit(f"error: {len(failures)} programs cannot be compiled")
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import assert_close, assert_equal, assert_finite, jit, numbers
+from contract import assert_close, assert_equal, assert_finite, jit, mostly_slow, numbers
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import bilb
@@ -336,6 +336,17 @@ def test_bad_input_is_never_a_silent_nan(capsys):
             print(" ".join(f"{cell:>11}" for cell in (name, *cells.values())))
     for cells in table.values():
         assert cells == dict.fromkeys(cells, "ok") | {"all 0": "zero"}
+
+
+@pytest.mark.parametrize("entry", mostly_slow(ENTRIES, ENTRIES[1:2]), ids=str)
+def test_calls_outside_jit_compile_their_loops_once(entry, caplog):
+    aggregator, rows = entry.make(), example_gradients()
+    state = aggregator.init(PARAMS)
+    for _ in range(2):
+        with jax.log_compiles():
+            caplog.clear()
+            _, state = aggregator.update(rows, state, PARAMS, losses=LOSSES)
+    assert not [message for message in caplog.messages if "XLA compilation" in message]
 
 
 @every_aggregator
