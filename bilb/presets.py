@@ -282,9 +282,12 @@ def nash_pinn(decay: base.Scalar = 0.999) -> optax.GradientTransformationExtraAr
 
     In the first steps the sketch has not the rank of G: weights of conflicting tasks are then up to
     1e3 times too large, and a few such steps under Adam's first learning rates can decide the run.
-    Warm the learning rate up, or take more ``probes``. The direction has ``‖Jᵀ w‖² = K`` whatever
-    the losses are, so with SGD the learning rate is the length of the step over √K, and it must
-    decay for the training to settle.
+    With one probe and no warm-up about half of the runs of ``benchmarks/pinn.py``, of 2,000 steps,
+    end far from the solution. There take :func:`marigold_pinn`, the Gram matrix itself or more
+    ``probes``, or warm the learning rate up.
+
+    The direction has ``‖Jᵀ w‖² = K`` whatever the losses are, so with SGD the learning rate is the
+    length of the step over √K, and it must decay for the training to settle.
 
     Args:
         decay: of the running mean, in [0, 1); the sketch's relative noise is about
