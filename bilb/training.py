@@ -284,9 +284,9 @@ class ValueAndGrad:
 
     def _shapes(self, params, *args):
         outputs = lambda params: self._outputs(params, *args)
-        names = () if self.axis_name is None else self.axis_name
+        axes = () if self.axis_name is None else self.axis_name
         # The mean over devices inside task_losses needs the axis; its size changes no shape.
-        for name in (names,) if isinstance(names, str) else names:
+        for name in (axes,) if isinstance(axes, str) else axes:
             outputs = jax.vmap(outputs, None, out_axes=None, axis_name=name, axis_size=1)
         return jax.eval_shape(outputs, params)
 
