@@ -8,12 +8,13 @@ are measured, each relative to linear scalarisation (LS), the plain sum of the l
 * flops: all flops of the compiled program as XLA counts them, every loop body once. It is what
   shows that a method without such loops adds next to nothing.
 * memory: temporary memory of the compiled program, beyond parameters, states and batch.
-* time: of a step, by turns with one of LS, the median of the ratios of neighbours. Other work on
-  the machine disturbs it; it does not touch the first three.
+* time and processor time of a step, by turns with one of LS, the medians of the ratios of
+  neighbours. Other work on the machine disturbs them; it does not touch the first three.
 
-    python benchmarks/cost.py                                   # half an hour on two cores
+    python benchmarks/cost.py
     python benchmarks/cost.py --methods bilb4mtl mgda --num-tasks 2 40
     python benchmarks/cost.py --rounds 0                        # without times
+    python benchmarks/cost.py --no-compile                      # matrix products only, in minutes
     python benchmarks/cost.py --report                          # table and figure of what is there
 
 Rows ``ls`` compare LS with itself: what their times differ from 1 is noise. A chain of methods is
@@ -28,7 +29,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import tyro
 from matplotlib.figure import Figure
@@ -81,7 +82,8 @@ METHODS = (
 #: In the figure, one or two of each rung.
 DRAWN = ("bilb4mtl", "igb_v1", "igb_v2", "marigold", "famo", "mgda@gram=sketch@decay=0.99", "mgda")
 FIELDS = {"gram": str, "decay": float}
-QUANTITIES = ("products", "flops", "memory", "time")
+TIMES = ("time", "processor")
+QUANTITIES = ("products", "flops", "memory", *TIMES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +102,8 @@ class Options:
     """Number of the model's hidden layers."""
     batch_size: int = 128
     """Examples per training step."""
+    compile: bool = True
+    """Compile as well as trace; without it, matrix products are all that is counted."""
     rounds: int = 7
     """Timed steps of every method, each beside a step of LS; 0 for no times."""
     longest: float = 2.0
@@ -204,48 +208,48 @@ def training_of_its_own(method: str, learning_rate: float, params: Any, batch: A
 
 def counted(of: Training) -> tuple[Any, dict[str, float]]:
     """Returns the compiled step, whose carry is donated, and what can be read off it."""
-    jitted = jax.jit(of.step, donate_argnums=0)
-    products = counting.product_flops(jax.make_jaxpr(of.step)(of.carry).jaxpr)
-    compiled = jitted.lower(of.carry).compile()
+    compiled = jax.jit(of.step, donate_argnums=0).lower(of.carry).compile()
     return compiled, {
-        "products": float(products),
-        "flops": float(compiled.cost_analysis()["flops"]),
-        "memory": float(compiled.memory_analysis().temp_size_in_bytes),
+        "flops": compiled.cost_analysis()["flops"],
+        "memory": compiled.memory_analysis().temp_size_in_bytes,
     }
 
 
-def seconds(step: Callable[[Any], Any], carry: Any) -> tuple[float, Any]:
-    """Returns how long a step takes, and the next carry."""
-    start = time.perf_counter()
+def seconds(step: Callable[[Any], Any], carry: Any) -> tuple[np.ndarray, Any]:
+    """Returns how long a step takes, (2,) wall time and processor time, and the next carry."""
+    now = lambda: np.array([time.perf_counter(), time.process_time()])
+    start = now()
     carry = jax.block_until_ready(step(carry))
-    return time.perf_counter() - start, carry
+    return now() - start, carry
 
 
 def timed(step: Any, carry: Any, reference: Any, beside: Any, options: Options) -> dict[str, float]:
-    """Returns the time of a step and its ratio to a neighbouring one of the reference."""
+    """Returns the time of a step and the ratios to a neighbouring one of the reference."""
     first, carry = seconds(step, carry)  # the first call touches memory that later ones reuse
-    if first > 2 * options.longest:
+    if first[0] > 2 * options.longest:
         return {}
     pairs = []
     for _ in range(options.rounds):
         of_reference, beside = seconds(reference, beside)
         of_step, carry = seconds(step, carry)
         pairs.append((of_step, of_reference))
-    return {
-        "seconds": statistics.median(own for own, _ in pairs),
-        "time": statistics.median(own / other for own, other in pairs),
-    }
+    own, other = np.swapaxes(pairs, 0, 1)
+    wall, processor = np.median(own / other, axis=0)
+    return {"seconds": np.median(own[:, 0]), "time": wall, "processor": processor}
 
 
 def measure(name: str, options: Options, num_tasks: int, expected: float) -> protocol.Line:
-    """Returns a line: the cost of a method, in absolute numbers but for the time."""
+    """Returns a line: the cost of a method, in absolute numbers but for the times."""
     of = training(name, options, num_tasks)
-    compiled, numbers = counted(of)
-    if options.rounds and expected <= options.longest:
-        reference = training(BASELINE, options, num_tasks)
-        beside = jax.jit(reference.step, donate_argnums=0).lower(reference.carry).compile()
-        numbers |= timed(compiled, of.carry, beside, reference.carry, options)
-    numbers = {key: protocol.rounded(value) for key, value in numbers.items()}
+    numbers = {"products": counting.product_flops(jax.make_jaxpr(of.step)(of.carry).jaxpr)}
+    if options.compile:
+        compiled, more = counted(of)
+        numbers |= more
+        if options.rounds and expected <= options.longest:
+            reference = training(BASELINE, options, num_tasks)
+            beside = jax.jit(reference.step, donate_argnums=0).lower(reference.carry).compile()
+            numbers |= timed(compiled, of.carry, beside, reference.carry, options)
+    numbers = {key: protocol.rounded(float(value)) for key, value in numbers.items()}
     return {"num_tasks": num_tasks, "method": name} | numbers
 
 
@@ -271,7 +275,7 @@ def relative(lines: Sequence[protocol.Line]) -> dict[str, dict[str, dict[int, fl
         num_tasks = line["num_tasks"]
         for quantity in QUANTITIES:
             if quantity in line and num_tasks in base:
-                unit = 1.0 if quantity == "time" else base[num_tasks][quantity]
+                unit = 1.0 if quantity in TIMES else base[num_tasks][quantity]
                 of = found[quantity].setdefault(line["method"], {})
                 of[num_tasks] = line[quantity] / unit
     return found
@@ -285,12 +289,13 @@ def tables(lines: Sequence[protocol.Line]) -> str:
         "flops": "All flops of the compiled program, loop bodies once",
         "memory": "Temporary memory",
         "time": "Time of a step",
+        "processor": "Processor time of a step",
     }
     parts = []
     for quantity, methods in relative(lines).items():
         if not methods:
             continue
-        digits = 2 if quantity in ("time", "memory") else 4
+        digits = 2 if quantity in ("memory", *TIMES) else 4
         cell = lambda ratio, d=digits: "" if ratio is None else f"{ratio:.{d}f}"
         rows = [[m, *(cell(of.get(k)) for k in ks)] for m, of in methods.items()]
         table = report.markdown([["method", *(f"K = {k}" for k in ks)], *rows])
@@ -303,7 +308,8 @@ def figure(lines: Sequence[protocol.Line]) -> Figure:
     picture = Figure(figsize=(11, 3.6), layout="constrained")
     found = relative(lines)
     titles = {"products": "matrix products", "memory": "temporary memory", "time": "time of a step"}
-    for ax, quantity in zip(picture.subplots(1, 3), titles):
+    titles = {quantity: title for quantity, title in titles.items() if found[quantity]}
+    for ax, quantity in zip(picture.subplots(1, len(titles), squeeze=False).flat, titles):
         for method in DRAWN:
             of = found[quantity].get(method, {})
             ks = sorted(of)

@@ -29,6 +29,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
+import choice
 import experiment
 import reduced
 import tuned
@@ -135,7 +136,7 @@ PROBLEMS = {"multimnist": make_split}
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(tuned.Options):
+class Options(choice.Options):
     """Compares all methods on two-task MultiMNIST, learning rates tuned, against references."""
 
     problems: tuple[str, ...] = tuple(PROBLEMS)

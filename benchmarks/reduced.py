@@ -44,6 +44,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import balancers
+import choice
 import experiment
 import multidigits
 import tuned
@@ -115,7 +116,7 @@ PROBLEMS: dict[str, Callable[[], Split]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(tuned.Options):
+class Options(choice.Options):
     """Compares all methods on small real problems, learning rates tuned, against references."""
 
     problems: tuple[str, ...] = tuple(PROBLEMS)

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import math
 
+import choice
 import experiment
 import jax
 import jax.numpy as jnp
@@ -130,7 +131,7 @@ SMALL = {"small": small_split}
 
 def small_options(folder, *methods, **values):
     values = {"learning_rates": (1e-5, 1e-2), "tuning_seeds": 1, "seeds": 2} | values
-    return tuned.Options(("small",), methods, candidates=2, output=folder, **values)
+    return choice.Options(("small",), methods, candidates=2, output=folder, **values)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,7 @@ class TestTuned:
     def test_number_of_runs(self, done):
         _, _, lines = done
         count = lambda name, tuning: sum(
-            line["method"] == name and (line["seed"] >= tuned.TUNING) == tuning for line in lines
+            line["method"] == name and (line["seed"] >= choice.TUNING) == tuning for line in lines
         )
         for name in ("STL", "STL-log", "ls", "si"):
             assert (count(name, True), count(name, False)) == (2, 2)
@@ -155,17 +156,17 @@ class TestTuned:
     @pytest.mark.slow
     def test_the_rate_that_learns_is_chosen(self, done):
         options, _, lines = done
-        book = tuned.Book(options.output / "small.jsonl", options)
+        book = choice.Book(options.output / "small.jsonl", options)
         assert book.chosen(small_split(), "small", "ls").learning_rates == (1e-2,)
         assert book.chosen(small_split(), "small", "STL").learning_rates == (1e-2, 1e-2)
-        tested = [x for x in lines if x["method"] == "ls" and x["seed"] < tuned.TUNING]
+        tested = [x for x in lines if x["method"] == "ls" and x["seed"] < choice.TUNING]
         assert {line["learning_rate"] for line in tested} == {1e-2}
 
     @pytest.mark.slow
     def test_table(self, done):
         options, text, _ = done
         found = tuned.rows(
-            small_split(), "small", tuned.Book(options.output / "small.jsonl", options)
+            small_split(), "small", choice.Book(options.output / "small.jsonl", options)
         )
         assert [row.name for row in found[:2]] == ["STL", "STL-log"]
         assert np.mean([*found[0].delta_m["STL"].values()]) == pytest.approx(0, abs=1e-4)
@@ -173,6 +174,8 @@ class TestTuned:
         assert (options.output / "small.md").read_text() == text + "\n"
         assert (options.output / "small.png").stat().st_size > 1_000
         by_name = {row.name: row for row in found}
+        assert "Δm at every learning rate" in text
+        assert text.count("| si | ") == 2
         # Two rows besides each of SI and LS, so that each p-value counts at least once.
         assert set(by_name["constant"].p_values) == {"si", "ls"}
         assert set(by_name["si"].p_values) == {"ls"}
@@ -248,7 +251,7 @@ class TestRuns:
         share = split.problem.pool.targets[0].mean()
         entropy = -share * np.log(share) - (1 - share) * np.log(1 - share)
         expected = [entropy, split.problem.pool.targets[1].var()]
-        np.testing.assert_allclose(tuned.trivial_losses(split.problem), expected, rtol=1e-5)
+        np.testing.assert_allclose(choice.trivial_losses(split.problem), expected, rtol=1e-5)
 
 
 class TestReduced:
