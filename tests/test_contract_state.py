@@ -17,7 +17,8 @@ from contract import (
     numbers,
     warm,
 )
-from methods import METHODS, NUM_FEATURES, Network, features
+from method_parts import NUM_FEATURES, Network, features
+from methods import METHODS
 
 import bilb
 

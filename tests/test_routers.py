@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from contract import example_losses
-from methods import DISCREPANCIES, NUM_FEATURES, Network, bilevel_objective
+from method_parts import DISCREPANCIES, NUM_FEATURES, Network, bilevel_objective
 
 import bilb
 from bilb import routers

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training import train_state
-from methods import bilevel_objective
+from method_parts import bilevel_objective
 from test_linearize import INPUTS, dense_params, mlp, normed_losses, normed_variables, scaled_tanh
 
 import bilb
