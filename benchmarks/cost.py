@@ -15,7 +15,7 @@ are measured, each relative to linear scalarisation (LS), the plain sum of the l
     python benchmarks/cost.py
     python benchmarks/cost.py --methods bilb4mtl mgda --num-tasks 2 40
     python benchmarks/cost.py --rounds 0                        # without times
-    python benchmarks/cost.py --no-compile                      # matrix products only, in minutes
+    python benchmarks/cost.py --no-compile                      # matrix products only
     python benchmarks/cost.py --report                          # table and figure of what is there
 
 Rows ``ls`` compare LS with itself: what their times differ from 1 is noise. A chain of methods is
