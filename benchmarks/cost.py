@@ -3,7 +3,8 @@
 A multi-layer perceptron with K linear heads takes one step of Adam under each method. Four things
 are measured, each relative to linear scalarisation (LS), the plain sum of the losses:
 
-* products: flops of the matrix products that are traced, loops of known length counted in full.
+* products: flops of the matrix products that are traced, loops of known length counted in full,
+  others (those of solvers, and of the updates of IGBv2's agent, one a step on average) once.
   Passes through the model are products, so this says how many of them a method needs.
 * flops: all flops of the compiled program as XLA counts them, every loop body once. It is what
   shows that a method without such loops adds next to nothing.
@@ -14,7 +15,7 @@ are measured, each relative to linear scalarisation (LS), the plain sum of the l
     python benchmarks/cost.py
     python benchmarks/cost.py --methods bilb4mtl mgda --num-tasks 2 40
     python benchmarks/cost.py --rounds 0                        # without times
-    python benchmarks/cost.py --no-compile                      # matrix products only, in minutes
+    python benchmarks/cost.py --no-compile                      # matrix products only
     python benchmarks/cost.py --report                          # table and figure of what is there
 
 Rows ``ls`` compare LS with itself: what their times differ from 1 is noise. A chain of methods is
@@ -307,6 +308,7 @@ def figure(lines: Sequence[protocol.Line]) -> Figure:
     """Draws products, memory and time against K."""
     picture = Figure(figsize=(11, 3.6), layout="constrained")
     found = relative(lines)
+    all_tasks = sorted({line["num_tasks"] for line in lines})
     titles = {"products": "matrix products", "memory": "temporary memory", "time": "time of a step"}
     titles = {quantity: title for quantity, title in titles.items() if found[quantity]}
     for ax, quantity in zip(picture.subplots(1, len(titles), squeeze=False).flat, titles):
@@ -316,6 +318,8 @@ def figure(lines: Sequence[protocol.Line]) -> Figure:
             ax.plot(ks, [of[k] for k in ks], marker="o", markersize=4, label=method)
         ax.axhline(1, color="0.7", linewidth=1, zorder=0)
         ax.set(xscale="log", yscale="log", xlabel="tasks", ylabel=f"{titles[quantity]}, LS = 1")
+        ax.set_xticks(all_tasks, [str(number) for number in all_tasks], minor=False)
+        ax.set_xticks([], minor=True)
     handles, labels = ax.get_legend_handles_labels()
     picture.legend(handles, labels, loc="outside right center", frameon=False)
     return picture

@@ -8,7 +8,7 @@ Learning rates, seeds, references, tests and tables are those of reduced.py; onl
 differ.
 
     pip install 'bilb[bench]'
-    python benchmarks/multimnist.py                             # some hours on two cores
+    python benchmarks/multimnist.py
     python benchmarks/multimnist.py --methods ls si mgda nash_mtl --seeds 5
     python benchmarks/multimnist.py --report
 """

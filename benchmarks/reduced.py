@@ -12,7 +12,7 @@ table has 95 % t intervals over the seeds and p-values of paired t-tests against
 of the log losses) and LS (the plain sum), adjusted by Holm's method for all rows of the problem.
 
     pip install 'bilb[bench]'
-    python benchmarks/reduced.py                                       # some hours on two cores
+    python benchmarks/reduced.py
     python benchmarks/reduced.py --problems multidigits --methods ls si igb_v1+nash_mtl
     python benchmarks/reduced.py --report                              # the table of what is there
 
