@@ -80,7 +80,7 @@ class Options(tuned.Options):
     """The problems."""
     methods: tuple[str, ...] = METHODS
     """Methods and chains, with @field=value where something is given to them."""
-    output: Path = Path(__file__).parent / "results" / "conflict"
+    output: Path = Path(__file__).parent / "results"
     """Folder for the runs, the tables and the figure."""
 
 

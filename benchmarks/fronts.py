@@ -76,7 +76,7 @@ class Options:
     """Seeds of the result, others than those."""
     steps: int | None = None
     """Training steps; the problem's own number by default."""
-    output: Path = Path(__file__).parent / "results" / "fronts"
+    output: Path = Path(__file__).parent / "results"
     """Folder for the numbers, the table and the figure."""
 
     def mistake(self) -> str | None:
