@@ -80,6 +80,8 @@ class Options(tuned.Options):
     """The problems."""
     methods: tuple[str, ...] = METHODS
     """Methods and chains, with @field=value where something is given to them."""
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
+    """Initial learning rates of Adam to choose from."""
     output: Path = Path(__file__).parent / "results"
     """Folder for the runs, the tables and the figure."""
 
