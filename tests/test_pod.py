@@ -144,7 +144,7 @@ def test_the_lists_of_methods_by_what_they_read_are_complete():
         balancer, losses = base.as_link(make(settings)), jnp.ones(K)
         read[name] = base.asked(balancer, balancer.init(losses), losses)
     of_slopes = {"slopes", "losses_after"}
-    assert {name for name, asked in read.items() if not asked} == {*READ_LOSSES, "log"}
+    assert {name for name, asked in read.items() if not asked} == {*READ_LOSSES, "log", "quarter"}
     assert {name for name, asked in read.items() if asked and asked <= of_slopes} == {*READ_SLOPES}
 
 
