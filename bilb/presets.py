@@ -170,6 +170,10 @@ def igb_v2_near_igb_v1(
     official temperature of 0.2 the agent would learn to be random and nothing else. At worst it
     changes a weight of :func:`bilb.igb_v1` by the factor ``exp(2 r)``, 1.5 by default.
 
+    On three regressions whose losses are as 1 : 5,600 : 490,000 its test errors are those of IGBv1
+    (-0.5 ± 0.7 % in the geometric mean, 32 seeds); with the official settings of state, policy and
+    action the same agent ends 22 % above (8 seeds). It is not shown to be better than IGBv1.
+
     Args:
         steps_per_epoch: S; the base losses are those of the second epoch, the warm-up lasts five.
         residual: r >= 0; 0 is IGBv1.

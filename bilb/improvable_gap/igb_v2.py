@@ -316,11 +316,12 @@ def igb_v2_step(
         # A residual is one on IGBv1's logits, which are equal until the base losses are known.
         return bounded(jnp.where(known & (means.count > 0), relative, 1.0))
 
+    now = seen(observed)
     transition = sac.Transitions(
         states=seen(state.last_losses),
         actions=state.weights,
         rewards=bounded(scale * jnp.where(gap < jnp.inf, gap, 0.0)),
-        next_states=seen(observed),
+        next_states=now,
     )
     buffer = sac.store(state.buffer, transition, keep=known)
 
@@ -334,9 +335,9 @@ def igb_v2_step(
         settings.agent,
     )
 
-    random = sac.weigh(draws.warmup, seen(observed), settings.agent.residual)
+    random = sac.weigh(draws.warmup, now, settings.agent.residual)
     noise = draws.action if settings.action == "sample" else jnp.zeros_like(draws.action)
-    action = sac.act(agent.actor, seen(observed), noise, settings.agent)
+    action = sac.act(agent.actor, now, noise, settings.agent)
     weights = jnp.where(state.step < settings.warmup_steps, random, action)
     if mask is not None:
         weights = jnp.where(mask, weights, state.weights)
