@@ -5,7 +5,7 @@ manual that ``help()`` prints, the licences of installed packages, type stubs of
 tables of scikit-learn. One network reads all of them, one cross-entropy per kind is a task, and the
 kinds are learnt at different speeds: tables are mostly digits, licences repeat themselves.
 
-    python examples/language.py                              # about three minutes on two cores
+    python examples/language.py                              # some minutes on two cores
     python examples/language.py --steps 20 --method ls       # to see it run
     python examples/language.py --method si+marigold rlw --seeds 2
 

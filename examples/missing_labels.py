@@ -9,7 +9,7 @@ one in fifty has one for its right digit. Two things then need care:
 * In a batch without any label a task is absent: its loss says nothing, and a method must not learn
   from it. The ``mask`` says so.
 
-    python examples/missing_labels.py                             # about a minute
+    python examples/missing_labels.py                             # some minutes on two cores
     python examples/missing_labels.py --method si famo --steps 100
 
 Nothing is downloaded. In the figure an absent task has loss and weight 0. The single-task network
