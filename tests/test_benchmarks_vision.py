@@ -254,7 +254,7 @@ class TestDenseTraining:
     def test_main(self, tmp_path, monkeypatch, of, options, method):
         root = write_dense(tmp_path / "data", of)
         options = options(
-            root, (method,), seeds=1, epochs=2, batch_size=2, filters=(2, 2, 2, 2, 2), last=1,
+            root, (method,), seeds=1, epochs=2, batch_size=2, filters=(2, 2), last=1,
             output=tmp_path,
         )  # fmt: skip
         dense.main(options, of)
