@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -81,7 +81,7 @@ _NOTED: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar("noted"
 
 
 @contextlib.contextmanager
-def noting() -> Iterator[set[str]]:
+def noting() -> Generator[set[str], None, None]:
     """Collects the names of the extra arguments that the links which are called inside read."""
     names: set[str] = set()
     token = _NOTED.set(names)

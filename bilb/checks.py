@@ -238,7 +238,7 @@ def _kind(tree):
     if tree is None:
         return "None"
     if type(tree) is dict:
-        return f"a dict of {sorted(tree)}"
+        return f"a dict of {sorted(tree, key=str)}"
     if type(tree) in (tuple, list):
         return f"a {type(tree).__name__} of {[type(part).__name__ for part in tree]}"
     article = "an" if type(tree).__name__[0] in "AEIOU" else "a"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import jax
@@ -98,7 +98,7 @@ def names_of(losses: Any) -> tuple[str, ...] | None:
 
 
 @contextlib.contextmanager
-def known(losses: Any) -> Iterator[None]:
+def known(losses: Any) -> Generator[None, None, None]:
     """Lets methods that are called inside know the names of the tasks of these losses.
 
     The names of a vector, which has none, leave those that are known already.
@@ -146,7 +146,7 @@ def index(argument: str, task: int | str, num_tasks: int) -> int:
     Raises:
         ValueError: for no such task.
     """
-    tasks = range(num_tasks)
+    tasks: Any = range(num_tasks)
     if isinstance(task, str):
         tasks = _tasks(argument, repr(task))
     if task not in tasks:

@@ -475,10 +475,9 @@ def aggregate_by(
 
     def update_fn(task_gradients, state, params=None, *, losses=None, **extra):
         with names.known(named), names.known(losses):
-            if names.current() not in (None, names.names_of(named) or names.current()):
-                raise ValueError(
-                    f"aggregate_by was made for {sorted(named)}; got losses of {names.current()}."
-                )
+            own, given = names.names_of(named), names.current()
+            if given not in (None, own or given):
+                raise ValueError(f"aggregate_by was made for {own}; got losses of {given}.")
             if extra.get("mask") is not None:
                 extra["mask"] = checks.mask(extra["mask"], num_tasks)
             losses = None if losses is None else names.stack(losses)
