@@ -178,7 +178,7 @@ def main(options: Options) -> None:
     text += table(found, options.num_tasks)
     print(text)
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "host_overhead.md").write_text(text + "\n")
+    (options.output / "host_overhead.md").write_text(f"# Overhead on the host\n\n{text}\n")
 
 
 if __name__ == "__main__":

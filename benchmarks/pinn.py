@@ -93,6 +93,7 @@ STUDIES = {
 #: Of 2, 5, 3 and 4 losses.
 PROBLEMS = ("poisson", "helmholtz", "burgers_viscous", "wave_slow")
 BASELINE = "constant"
+TITLE = "# Physics-informed networks"
 HIDDEN = (32, 32, 32)
 
 
@@ -397,7 +398,7 @@ def publish(runs: Runs, options: Options) -> str:
     found = tables(results, options.seeds)
     parts = [*map(report.markdown, found), legend(options)]
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "pinn.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    (options.output / "pinn.md").write_text("\n\n".join([TITLE, *parts]) + "\n", encoding="utf-8")
     if results:
         figure(results).savefig(options.output / "pinn.png", dpi=110)
     return "\n\n".join([*map(report.aligned, found), legend(options)])

@@ -232,7 +232,7 @@ def publish(rows: Sequence[Row], failures: Sequence[Failure], options: Options) 
     failed = [f"* {f.topology} {f.method} cannot be compiled: {f.error}" for f in failures]
     text = "\n".join([heading(options), "", markdown(rows), *([""] * bool(failed)), *failed])
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "pod_compile.md").write_text(text + "\n")
+    (options.output / "pod_compile.md").write_text(f"# Programs for TPU pods\n\n{text}\n")
     found = [dataclasses.asdict(row) for row in (*rows, *failures)]
     (options.output / "pod_compile.json").write_text(json.dumps(found, indent=1))
     return text

@@ -11,7 +11,7 @@ from bilb import plots
 
 ROOT = pathlib.Path(bilb.__file__).parent.parent
 DOCS = ROOT / "docs"
-MODULES = ("curvatures", "grams", "metrics", "presets", "slopes")
+MODULES = ("curvatures", "grams", "metrics", "names", "presets", "slopes")
 MODULES += ("discrepancies", "lower_levels", "routers")
 
 
@@ -35,6 +35,7 @@ def documented(pages="*"):
 # Of use to the drivers alone.
 INTERNAL = {"grams.of_linearization", "grams.norms_of_linearization", "grams.of_rows"}
 INTERNAL |= {"grams.products", "grams.norm"}
+INTERNAL |= {f"names.{n}" for n in ("current", "names_of", "in_order", "known", "index")}
 
 
 def test_every_public_function_has_its_place():
