@@ -185,7 +185,8 @@ def publish(splits: Mapping[str, Split], options: Options, name: str) -> str:
     options.output.mkdir(parents=True, exist_ok=True)
     if found:
         figure(found).savefig(options.output / f"{name}.png", dpi=130)
-    (options.output / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    titled = f"# Methods at tuned learning rates: {name}\n\n{text}\n"
+    (options.output / f"{name}.md").write_text(titled, encoding="utf-8")
     return text
 
 
