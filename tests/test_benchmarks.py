@@ -320,6 +320,7 @@ class TestMultiMNIST:
 
 
 class TestCost:
+    @pytest.mark.slow
     def test_small(self, tmp_path):
         options = cost.Options(
             methods=("bilb4mtl", "mgda@gram=stacked"),

@@ -155,6 +155,7 @@ def test_states_can_be_donated_and_the_users_arrays_survive(make, users):
     assert_finite(balancer.init(losses))
 
 
+@pytest.mark.slow
 def test_states_survive_an_orbax_checkpoint(tmp_path):
     states = {method.name: warm(method, K, steps=2)[0] for method in METHODS}
     states["keys"] = {"typed": jax.random.key(1), "raw": jax.random.PRNGKey(1)}

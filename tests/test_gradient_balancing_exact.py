@@ -208,6 +208,7 @@ def test_cagrad_is_the_official_one_without_its_smoothing(name):
             assert distance(arrays["J"], weights, expected, "longest") < 1e-6, case
 
 
+@pytest.mark.slow
 @pytest.mark.x64
 def test_min_norm_point_agrees_with_the_metric():
     for _, arrays in cases("f4_agg_K3"):

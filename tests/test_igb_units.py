@@ -33,6 +33,7 @@ def test_in_units_of_the_base_losses_no_scale_is_seen():
     np.testing.assert_allclose(rows.states[:9], losses[2:11] / base, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_residual_stays_within_its_bound_of_igb_v1():
     losses = random_losses(24)
     _, expected = run(bilb.igb_v1(1, 2), losses)
@@ -44,6 +45,7 @@ def test_a_residual_stays_within_its_bound_of_igb_v1():
     np.testing.assert_allclose(weights.sum(1), K, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_mean_is_the_same_whatever_is_drawn():
     losses = random_losses(17)
     balancer = BASE(action="mean")

@@ -247,7 +247,7 @@ def test_aggregate_by_takes_named_losses(num_tasks):
     assert_close(state.effective_weights, expected)
     if num_tasks != 3:
         with pytest.raises(
-            ValueError, match=r"made for \['depth', .*got losses of \('a', 'b', 'c'"
+            ValueError, match=r"made for \('depth', .*got losses of \('a', 'b', 'c'"
         ):
             aggregator.update(gradients, state, PARAMS, losses=dict(zip("abc", jnp.ones(3))))
 

@@ -26,7 +26,7 @@ def start(shape: tuple[int, ...], dtype: Any) -> RunningMean:
 def move(mean: RunningMean, measured: jax.Array, decay: base.Scalar) -> RunningMean:
     """Returns the mean after one more measurement.
 
-    What speaks of absent tasks moves as well; the contract's helpers put it back.
+    What speaks of absent tasks moves as well; `base.keep_absent` puts it back.
     """
     return optax.incremental_update(RunningMean(measured, jnp.ones_like(measured)), mean, 1 - decay)
 
