@@ -241,7 +241,7 @@ def main(options: Options) -> None:
     print(report.aligned(cells))
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
-        text = report.markdown(cells) + "\n"
+        text = f"# Regret\n\n{report.markdown(cells)}\n"
         (options.output / "regret.md").write_text(text, encoding="utf-8")
 
 

@@ -103,6 +103,8 @@ def test_the_worst_case_and_the_order(tmp_path, capsys, monkeypatch):
     regret.main(regret.Options(files=tuple(paths), output=tmp_path / "table"))
     written = (tmp_path / "table" / "regret.md").read_text().splitlines()
     assert written == [
+        "# Regret",
+        "",
         "| method | poisson | burgers | qm9 | worst ratio | worst points |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
         "| marigold_pinn | 1.00 | 2.00 | +20.0 | 2.00 (2/2) | +20.0 (1/1) |",
