@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import base, checks
+from bilb import base, checks, names
 
 
 class DBPINNState(NamedTuple):
@@ -31,7 +31,7 @@ class DBPINNState(NamedTuple):
 def db_pinn(
     every: int = 100,
     *,
-    reference: int = 0,
+    reference: int | str = 0,
     eps: float | jax.Array = 1e-5,
 ) -> optax.GradientTransformationExtraArgs:
     """Weighs the conditions of a physics-informed network against its residual, and each other.
@@ -54,7 +54,7 @@ def db_pinn(
     Args:
         every: number of steps that the weights stay the same, from the first update on, whose norms
             already count. The official code has 10 to 100. Static.
-        reference: index of the residual's loss; static.
+        reference: index or name of the residual's loss; static.
         eps: ε > 0 in ``n_r / (n_k + ε n_r)``; default as in :func:`bilb.lr_annealing`.
 
     Returns:
@@ -81,12 +81,11 @@ def db_pinn(
     References:
         Zhou et al., *Dual-Balancing for Physics-Informed Neural Networks*, arXiv 2505.11117.
     """
-    checks.number("every", every, minimum=1)
+    checks.number("every", every, minimum=1, whole=True, static=True)
     checks.number("eps", eps, minimum=0, exclusive=True)
 
     def init(num_tasks, dtype):
-        if not 0 <= reference < num_tasks:
-            raise ValueError(f"reference must be a task, 0 to {num_tasks - 1}; got {reference}.")
+        names.index("reference", reference, num_tasks)
         return DBPINNState(
             step=base.new_step(),
             weights=jnp.ones(num_tasks, dtype),
@@ -98,9 +97,10 @@ def db_pinn(
         present &= jnp.isfinite(losses) & jnp.isfinite(norms)
         losses = jnp.where(present, jnp.maximum(losses, 0.0), 0.0)
         norms = jnp.where(present, base.bounded_gradient(norms), 0.0)
-        level = norms[reference]
+        residual = names.index("reference", reference, losses.shape[0])
+        level = norms[residual]
         present &= level > 0  # else there is nothing to compare with
-        conditions = present & (jnp.arange(losses.shape[0]) != reference)
+        conditions = present & (jnp.arange(losses.shape[0]) != residual)
         count = state.count + present
         mean = lambda new, old: jnp.where(present, old + (new - old) / jnp.maximum(count, 1), old)
 
