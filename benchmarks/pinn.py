@@ -2,9 +2,10 @@
 
 Trains the networks of examples/pinn.py on several equations, with every method at every learning
 rate of a grid. The learning rate of each method is the one with the lowest error on validation
-points, and the table shows the errors on other points. What they are held against is ``constant``:
-the best of {1, 10, 100, 1000} as the weight of all losses but those of the equation, chosen
-likewise, together with the learning rate.
+points over the first seeds; the others are trained at that rate only, and the table shows the
+errors of all of them on other points. What they are held against is ``constant``: the best of
+{1, 10, 100, 1000} as the weight of all losses but those of the equation, chosen likewise, together
+with the learning rate.
 
     python benchmarks/pinn.py                                     # some hours on two cores
     python benchmarks/pinn.py --problems poisson helmholtz --seeds 3 --methods ls constant log
@@ -28,7 +29,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import scipy.stats
@@ -110,16 +111,18 @@ class Options:
             f"studies {', '.join(STUDIES)}."
         ),
     ] = METHODS
-    learning_rates: tuple[float, ...] = (5e-3, 1e-2)
-    """Initial learning rates of Adam; for each method the better one counts."""
+    learning_rates: tuple[float, ...] = (5e-3, 1e-2, 2e-2)
+    """Initial learning rates of Adam; for each method the best one counts."""
     weights: tuple[float, ...] = (1.0, 10.0, 100.0, 1000.0)
     """Weights of the losses that are not of the equation, for the method constant."""
     seeds: int = 10
     """Number of seeds, trained side by side."""
+    tuning_seeds: int = 5
+    """The first so many choose the learning rate, and the weight of the method constant."""
     steps: int = 2_000
     """Training steps."""
     least: int | None = None
-    """A method is in the table where all its settings have this many seeds; all by default."""
+    """A method is in the table with this many seeds at least; with all of them by default."""
     report: bool = False
     """Only print the table of the runs that are there."""
     output: Path = Path(__file__).parent / "results"
@@ -144,8 +147,8 @@ class Options:
         for name in own:
             if mistake := _gram_mistake(name):
                 return mistake
-        if self.seeds < 1 or self.steps < 1:
-            return "--seeds and --steps must be at least 1"
+        if min(self.seeds, self.tuning_seeds, self.steps) < 1:
+            return "--seeds, --tuning-seeds and --steps must be at least 1"
         if self.least is not None and not 1 <= self.least <= self.seeds:
             return "--least must be at least 1 and at most --seeds"
         for flag in ("learning_rates", "weights"):
@@ -277,33 +280,36 @@ class Result(NamedTuple):
         return tuple(np.exp(self.logs.mean() + np.array([-half, half])).tolist())
 
 
-def chosen(
-    runs: Runs, wanted: Sequence[Setting], seeds: int, least: int | None = None
-) -> dict[tuple[str, str], Result]:
-    """Returns the result of each problem and method, where all its settings have enough seeds.
-
-    Args:
-        runs: what is there.
-        wanted: all settings that are to be compared.
-        seeds: the seeds below this number count, those that all settings of a method have.
-        least: how many they must be; all of them if None.
-    """
-    by_method: dict[tuple[str, str], list[Setting]] = {}
+def by_method(wanted: Sequence[Setting]) -> dict[tuple[str, str], list[Setting]]:
+    """Returns the settings of each problem and method."""
+    groups: dict[tuple[str, str], list[Setting]] = {}
     for setting in wanted:
-        by_method.setdefault((setting.problem, setting.method), []).append(setting)
+        groups.setdefault((setting.problem, setting.method), []).append(setting)
+    return groups
+
+
+def best(runs: Runs, candidates: Sequence[Setting], tuning_seeds: int) -> Setting | None:
+    """Returns the setting with the lowest validation error over the first seeds that all have."""
+    first = range(tuning_seeds)
+    common = [seed for seed in first if all(seed in runs.get(of, {}) for of in candidates)]
+    if not common:
+        return None
+
+    def validation(setting: Setting) -> float:
+        values = np.array([runs[setting][seed].validation for seed in common])
+        return float(np.log(np.where(np.isfinite(values), values, np.inf)).mean())
+
+    return min(candidates, key=validation)
+
+
+def chosen(runs: Runs, wanted: Sequence[Setting], options: Options) -> dict[Any, Result]:
+    """Returns the result of each problem and method, where it has enough seeds."""
     results = {}
-    for key, candidates in by_method.items():
-        known = [runs.get(setting, {}).keys() for setting in candidates]
-        common = [seed for seed in range(seeds) if all(seed in of_one for of_one in known)]
-        if len(common) < (seeds if least is None else least):
-            continue
-
-        def validation(setting: Setting, common: list[int] = common) -> float:
-            values = np.array([runs[setting][seed].validation for seed in common])
-            return float(np.log(np.where(np.isfinite(values), values, np.inf)).mean())
-
-        best = min(candidates, key=validation)
-        results[key] = Result(best, {seed: runs[best][seed] for seed in common})
+    for key, candidates in by_method(wanted).items():
+        if setting := best(runs, candidates, options.tuning_seeds):
+            found = {s: run for s, run in sorted(runs[setting].items()) if s < options.seeds}
+            if len(found) >= (options.least or options.seeds):
+                results[key] = Result(setting, found)
     return results
 
 
@@ -353,13 +359,17 @@ def tables(
 
 def legend(options: Options) -> str:
     """Says what the columns are."""
+    rates, weights = (
+        ", ".join(f"{value:g}" for value in values)
+        for values in (options.learning_rates, options.weights)
+    )
+    first = min(options.tuning_seeds, options.seeds)
     return (
         f"Relative L2 errors after {options.steps} steps: geometric mean over {options.seeds} "
         "seed(s), or as many as the\ncell says, and in brackets its 95 % t interval; lower is "
         "better. Last column: geometric mean over\nthe problems of the ratio to "
         f"{BASELINE}. Learning rates, and the constant weight w, by the error on validation\n"
-        f"points; from {', '.join(f'{rate:g}' for rate in options.learning_rates)}, "
-        f"and {', '.join(f'{weight:g}' for weight in options.weights)}. Tanh MLP of "
+        f"points over the first {first} seeds; from {rates}, and {weights}. Tanh MLP of\n"
         f"{' x '.join(map(str, HIDDEN))}, Adam decaying along a cosine."
     )
 
@@ -394,7 +404,7 @@ def publish(runs: Runs, options: Options) -> str:
     """Writes the tables as Markdown and the figure, and returns the tables as text."""
     # Whatever of the known methods was run is in the table, not only what was asked for.
     shown = dataclasses.replace(options, methods=(*METHODS, *JINNS, *STUDIES, *options.names))
-    results = chosen(runs, settings(shown), options.seeds, options.least)
+    results = chosen(runs, settings(shown), options)
     found = tables(results, options.seeds)
     parts = [*map(report.markdown, found), legend(options)]
     options.output.mkdir(parents=True, exist_ok=True)
@@ -409,13 +419,20 @@ def main(options: Options) -> None:
     if mistake := options.mistake():
         sys.exit(f"error: {mistake}")
     path = options.output / "pinn.jsonl"
-    wanted = settings(options)
-    for number, setting in enumerate([] if options.report else wanted, start=1):
+    groups = {} if options.report else by_method(settings(options))
+
+    def train(setting: Setting, seeds: int) -> None:
         done = read(path).get(setting, {})
-        missing = [seed for seed in range(options.seeds) if seed not in done]
-        if missing:
-            print(f"{number}/{len(wanted)} {' '.join(map(str, setting))}", flush=True)
+        if missing := [seed for seed in range(seeds) if seed not in done]:
+            print(*setting, f"seeds {missing[0]} to {missing[-1]}", flush=True)
             append(path, setting, execute(setting, missing))
+
+    for candidates in groups.values():
+        for setting in candidates:
+            train(setting, min(options.tuning_seeds, options.seeds))
+        setting = best(read(path), candidates, options.tuning_seeds)
+        assert setting is not None  # all of them have these seeds now
+        train(setting, options.seeds)
     print(publish(read(path), options))
 
 

@@ -9,10 +9,11 @@ What a line has tells what is compared:
   of the separate networks, method ``STL`` of the same problem; 0 is the best.
 
 Of the settings of a method (learning rate, weights, steps) the one with the lowest ``validation``
-counts where lines have one number, over the seeds that all of them have; where they have one per
-task, seeds from 1000 on were for that choice, and the setting that has others is the one that was
-chosen. The brackets are 95 % t intervals of the differences, of logarithms for ratios, from seed to
-seed: methods share the seeds, and with them the points, batches and initial parameters.
+counts where lines have one number, compared over the seeds that all settings have; where they have
+one per task, seeds from 1000 on were for that choice, and the setting that has others is the one
+that was chosen. The brackets are 95 % t intervals of the differences, of logarithms for ratios,
+from seed to seed: methods share the seeds, and with them the points, batches and initial
+parameters.
 
     python benchmarks/regret.py benchmarks/results/*.jsonl
     python benchmarks/regret.py outputs/reduced/runs.jsonl --methods si ls famo --output outputs
@@ -119,7 +120,7 @@ def logs_of_best(lines: Sequence[Line]) -> dict[int, float]:
     if not common:
         return {}
     best = min(by_setting, key=lambda runs: sum(log(runs[s], "validation") for s in common))
-    return {seed: log(best[seed], "error") for seed in sorted(common)}
+    return {seed: log(best[seed], "error") for seed in sorted(best)}
 
 
 def chosen_before(lines: Sequence[Line]) -> dict[int, list[float]]:

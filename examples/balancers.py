@@ -74,6 +74,7 @@ METHODS: dict[str, Factory] = {
         update_after=3 * s.steps_per_epoch,
         key=s.seed,
     ),
+    "igb_v2_near_igb_v1": lambda s: bilb.presets.igb_v2_near_igb_v1(s.steps_per_epoch, key=s.seed),
     "famo": lambda s: bilb.famo(gamma=s.gamma),
     "rlw": lambda s: bilb.rlw(key=s.seed),
     "dwa": lambda s: bilb.dwa(s.temperature, window=s.steps_per_epoch),
@@ -116,7 +117,7 @@ METHODS: dict[str, Factory] = {
 #: Those that read the losses alone; and those that also learn from the slopes along the last step.
 READ_LOSSES = ("ls", "si", "root", "bilb4mtl", "bilb4mtl_celeba", "igb_v1", "igb_v2", "rlw", "dwa")
 READ_LOSSES += ("uw", "gls", "imtl_l", "stch", "stch_nadir", "pbi", "cosmos", "softadapt")
-READ_LOSSES += ("relobralo", "self_adaptive")
+READ_LOSSES += ("relobralo", "self_adaptive", "igb_v2_near_igb_v1")
 READ_SLOPES = ("marigold", "marigold_nash", "marigold_pinn", "famo")
 
 #: By the settings and the parameters that the tasks share.

@@ -56,7 +56,7 @@ class TestBenchmark:
         for setting, of_seeds in runs.items():
             benchmark.append(tmp_path / "runs.jsonl", setting, of_seeds)
         read = benchmark.read(tmp_path / "runs.jsonl")
-        results = benchmark.chosen(read, wanted, seeds=2)
+        results = benchmark.chosen(read, wanted, options)
         assert results["poisson", "constant"].setting == best
         np.testing.assert_allclose(results["poisson", "constant"].mean, 0.2)
         # log 0.2 ± t(0.975, 1) log 2: with two seeds next to nothing is known.
@@ -72,9 +72,12 @@ class TestBenchmark:
             ["log", "inf [0, inf]", "inf"],
         ]
         assert costs[2] == ["constant", "0.01, w = 100", "1.00"]
-        # A setting that lacks a seed leaves its method out.
+        # A chosen setting that lacks a seed leaves its method out.
         del read[best][1]
-        assert set(benchmark.chosen(read, wanted, 2)) == {("poisson", "ls"), ("poisson", "log")}
+        assert set(benchmark.chosen(read, wanted, options)) == {
+            ("poisson", "ls"),
+            ("poisson", "log"),
+        }
 
     def test_a_line_that_was_cut_short_does_not_count(self, tmp_path):
         path = tmp_path / "new" / "runs.jsonl"
@@ -148,6 +151,34 @@ class TestBenchmark:
         benchmark.main(benchmark.Options(**options, seeds=2, report=True))
         assert "w = 10" in capsys.readouterr().out
         assert len(asked) == 5
+
+    def test_the_first_seeds_choose_and_the_others_train_what_was_chosen(
+        self, tmp_path, monkeypatch
+    ):
+        asked = []
+
+        def execute(setting, seeds):
+            asked.append((setting.learning_rate, seeds))
+            error = setting.learning_rate
+            return made_up_runs_of(seeds, error)
+
+        def made_up_runs_of(seeds, error):
+            # The seed that does not choose would have chosen the other rate.
+            return {s: benchmark.Run(error, error if s < 2 else 1 / error, 1e-3) for s in seeds}
+
+        monkeypatch.setattr(benchmark, "execute", execute)
+        options = benchmark.Options(
+            problems=("poisson",),
+            methods=("ls",),
+            learning_rates=(1e-3, 1e-2),
+            tuning_seeds=2,
+            seeds=3,
+            output=tmp_path,
+        )
+        benchmark.main(options)
+        assert asked == [(1e-3, [0, 1]), (1e-2, [0, 1]), (1e-3, [2])]
+        assert "| ls | 0.00100 [0.00100, 0.00100] |" in (tmp_path / "pinn.md").read_text()
+        assert "over the first 2 seeds" in (tmp_path / "pinn.md").read_text()
 
     def test_a_study_stands_for_its_methods(self):
         options = benchmark.Options(methods=("exponents", "ls", "root+marigold_nash"))
