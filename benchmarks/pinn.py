@@ -11,11 +11,12 @@ with the learning rate.
     python benchmarks/pinn.py --problems poisson helmholtz --seeds 3 --methods ls constant log
     python benchmarks/pinn.py --report --least 1                  # the table of what is there
 
-A method may come with a way to take Gram matrices and the decay of their running mean:
-``root+nash_mtl:sketch:0.999``. Those of jinns, such as ``jinns.soft_adapt``, are run if named; see
-pinn_jinns.py. Every run is one line of pinn.jsonl as soon as it is done, and is not repeated: an
-interrupted benchmark goes on where it stopped, and more seeds, methods or learning rates add to
-what is there. The most telling methods come first, each on all problems.
+A method may come with a way to take Gram matrices and the decay of their running mean,
+``root+nash_mtl:sketch:0.999``, and marigold_pinn with the learning rate and the bound of its
+logits, ``marigold_pinn@logit_rate=0.1@max_logit=4``. Those of jinns, such as ``jinns.soft_adapt``,
+are run if named; see pinn_jinns.py. Every run is one line of pinn.jsonl as soon as it is done, and
+is not repeated: an interrupted benchmark goes on where it stopped, and more seeds, methods or
+learning rates add to what is there. The most telling methods come first, each on all problems.
 
 Times are those of one network, without compilation, while the seeds are trained side by side: the
 median over the chunks of a run, then over the runs. They are best taken on a machine that does
@@ -39,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import balancers
 import pinn
+import protocol
 import report
 from equations import EQUATIONS
 from matplotlib.figure import Figure
@@ -85,14 +87,17 @@ METHODS = (
 #: jinns' own schemes, in the table where they were run.
 JINNS = tuple(f"jinns.{n}" for n in ("soft_adapt", "ReLoBRaLo", "lr_annealing", "prior_loss"))
 #: Named like methods they stand for their members: the power of the losses, the decay of the Gram
-#: matrix's running mean, and how many random directions sketch it.
+#: matrix's running mean, how many random directions sketch it, and marigold_pinn's own two numbers.
 STUDIES = {
     "exponents": tuple(f"{p}marigold_nash" for p in ("", "root+", "quarter+", "log+")),
     "decays": tuple(f"root+nash_mtl:sketch:{d}" for d in (0.9, 0.99, 0.999, 0.9999)),
     "probes": tuple(f"root+nash_mtl:{g}:0.999" for g in ("sketch", "sketch_4", "stacked")),
+    "rates": tuple(f"marigold_pinn@logit_rate={r}" for r in (0.005, 0.01, 0.05, 0.1)),
+    "bounds": tuple(f"marigold_pinn@max_logit={bound}" for bound in (2, 4, 10)),
 }
 #: Of 2, 5, 3 and 4 losses.
 PROBLEMS = ("poisson", "helmholtz", "burgers_viscous", "wave_slow")
+FIELDS = {"logit_rate": float, "max_logit": float}
 BASELINE = "constant"
 TITLE = "# Physics-informed networks"
 HIDDEN = (32, 32, 32)
@@ -140,7 +145,10 @@ class Options:
             if problem not in EQUATIONS:
                 return f"unknown problem {problem!r}; choose from: {', '.join(EQUATIONS)}"
         own = [name for name in self.names if name not in JINNS]
-        names = [name.split(":")[0] for name in own]
+        try:
+            names = [protocol.parse(name.split(":")[0], FIELDS)[0] for name in own]
+        except ValueError as error:
+            return str(error)
         mistake = balancers.mistake(names, pinn.METHODS)
         if mistake and (own or not self.names):
             return mistake
@@ -246,7 +254,8 @@ def execute(setting: Setting, seeds: Sequence[int]) -> dict[int, Run]:
     else:
         method, *of_gram = setting.method.split(":")
         gram, decay = [*of_gram, *("exact", "0")[len(of_gram) :]]
-        of_method = dict(weight=setting.weight, gram=gram, decay=float(decay))
+        method, fields = protocol.parse(method, FIELDS)
+        of_method = dict(weight=setting.weight, gram=gram, decay=float(decay), **fields)
         run = pinn.train(equation, method, hidden=HIDDEN, course=False, **common, **of_method)
         final, validation, seconds = run.final, run.validation, run.seconds_per_step
     results = zip(seeds, final, validation)

@@ -140,6 +140,7 @@ def train(
     decay: float = 0.0,
     hidden: tuple[int, ...] = HIDDEN,
     course: bool = True,
+    **of_method: float,
 ) -> Run:
     """Trains one method for a fixed number of steps with several seeds at once.
 
@@ -158,10 +159,11 @@ def train(
         decay: of the running mean of the Gram matrix, in [0, 1).
         hidden: the widths of the network's hidden layers.
         course: whether errors are taken in the course of the training, or only after it.
+        of_method: other numbers in ``Settings``, such as ``logit_rate`` of marigold_pinn.
     """
     start = time.perf_counter()
     number = len(equation.losses)
-    numbers = dict(learning_rate=learning_rate, penalty=penalty, decay=decay)
+    numbers = dict(learning_rate=learning_rate, penalty=penalty, decay=decay, **of_method)
     settings = Settings(
         seed=jnp.asarray(seeds),
         selection=jnp.where(np.arange(number) < equation.inside, 1.0, weight),

@@ -105,6 +105,8 @@ class TestBenchmark:
             (dict(methods=("nash_pinn:sketch", "jinns.soft_adapt")), None),
             (dict(methods=("ls", *benchmark.STUDIES)), None),
             (dict(methods=("jinns.mine",)), "unknown method 'jinns.mine'"),
+            (dict(methods=("marigold_pinn@rate=1",)), "unknown field 'rate'"),
+            (dict(methods=("marigold_pinn@max_logit=4",)), None),
             (dict(methods=()), "no method"),
             (dict(least=11), "--least must be at least 1 and at most --seeds"),
             (dict(weights=()), "--weights must be positive"),
@@ -179,6 +181,17 @@ class TestBenchmark:
         assert asked == [(1e-3, [0, 1]), (1e-2, [0, 1]), (1e-3, [2])]
         assert "| ls | 0.00100 [0.00100, 0.00100] |" in (tmp_path / "pinn.md").read_text()
         assert "over the first 2 seeds" in (tmp_path / "pinn.md").read_text()
+
+    @pytest.mark.slow
+    def test_what_is_given_to_a_method_reaches_it(self):
+        def error(method):
+            run = benchmark.execute(benchmark.Setting("poisson", method, 1e-2, 1.0, 20), [0])
+            return run[0].error
+
+        default = error("marigold_pinn")
+        assert error("marigold_pinn@logit_rate=0.025@max_logit=6") == default
+        assert error("marigold_pinn@logit_rate=0.5") != default
+        assert error("marigold_pinn@max_logit=0.01") != default
 
     def test_a_study_stands_for_its_methods(self):
         options = benchmark.Options(methods=("exponents", "ls", "root+marigold_nash"))
