@@ -220,19 +220,6 @@ class ValueAndGrad:
             options = {"shared": self.shared, "step": state.step}
             return self._mean(self.curvatures(self._losses, params, *args, **options))
 
-        def weigh(given):
-            def objective(losses, features):
-                more = {} if self.features is None else {"features": features}
-                balanced, balancer = self.balancer.update(losses, state.balancer, **given, **more)
-                return balanced.sum(), balancer
-
-            return jax.grad(objective, argnums=(0, 1), has_aux=True)(constants, features)
-
-        given = dict(extra)
-        if state.slopes is not None:
-            given["slopes"] = state.slopes
-        if state.losses_after is not None:
-            given["losses_after"] = state.losses_after
         supply = {
             "slope_fn": lambda: lambda weights: slopes_along(gradient_of(weights)),
             "gram": gram,
@@ -242,15 +229,11 @@ class ValueAndGrad:
             "curvatures": curvatures,
             "curvature_fn": lambda: curvatures,
         }
-        with names.known(named), arguments.noting() as read:
-            if given.get("mask") is not None:
-                given["mask"] = checks.mask(given["mask"], losses.shape[0])
-            ((weights, of_features), balancer), asked = base.supply_missing(weigh, given, supply)
-            read |= _keywords(self.balancer.update)
-            unread = [name for name in extra if extra[name] is not None and name not in read]
-            if unread:
-                _refuse_unread(unread, read, lambda extra: weigh({**asked, **extra}), extra)
-        if of_rows and self.features is None and {"gram", "gradient_norms"} & {*asked}:
+        with names.known(named):
+            weights, of_features, balancer, given = self._weigh(
+                constants, features, state, extra, supply
+            )
+        if of_rows and self.features is None and {"gram", "gradient_norms"} & {*given}:
             combined = lambda weights: jacobian.combine(weights, rows())
         else:
             combined = lambda weights: self._mean(pullback((weights, of_features)))
@@ -276,6 +259,32 @@ class ValueAndGrad:
             return state
         losses = self._losses(params, *args).astype(state.losses_after.dtype)
         return state._replace(losses_after=jnp.where(jnp.isnan(losses), jnp.inf, losses))
+
+    def _weigh(self, losses, features, state, extra, supply):
+        """Returns ∂Φ/∂l, ∂Φ/∂features, the balancer's next state, and what it was given."""
+
+        def weigh(given):
+            def objective(losses, features):
+                more = {} if self.features is None else {"features": features}
+                balanced, balancer = self.balancer.update(losses, state.balancer, **given, **more)
+                return balanced.sum(), balancer
+
+            return jax.grad(objective, argnums=(0, 1), has_aux=True)(losses, features)
+
+        given = dict(extra)
+        if state.slopes is not None:
+            given["slopes"] = state.slopes
+        if state.losses_after is not None:
+            given["losses_after"] = state.losses_after
+        if given.get("mask") is not None:
+            given["mask"] = checks.mask(given["mask"], losses.shape[0])
+        with arguments.noting() as read:
+            ((weights, of_features), balancer), given = base.supply_missing(weigh, given, supply)
+            read |= _keywords(self.balancer.update)
+            unread = [name for name in extra if extra[name] is not None and name not in read]
+            if unread:
+                _refuse_unread(unread, read, lambda extra: weigh({**given, **extra}), extra)
+        return weights, of_features, balancer, given
 
     def _outputs(self, params, *args):
         returned = self.task_losses(params, *args)
@@ -491,24 +500,7 @@ def aggregate_by(
         if state.slopes is not None:
             given["slopes"] = state.slopes
 
-        def weigh(losses):
-            gram = functools.cache(take_gram)
-            supply = {
-                "slope_fn": lambda: functools.partial(jnp.matmul, gram(), precision="highest"),
-                "gram": gram,
-                "gram_fn": lambda: take_gram,
-                "gradient_norms": lambda: jnp.sqrt(jnp.diagonal(gram())),
-            }
-
-            def of(given):
-                def objective(losses):
-                    balanced, new = balancer.update(losses, state.balancer, **given)
-                    return balanced.sum(), new
-
-                return jax.grad(objective, has_aux=True)(losses)
-
-            return base.supply_missing(of, given, supply)[0]
-
+        weigh = lambda losses: _weigh(balancer, losses, state.balancer, given, take_gram)
         dtype = names.stack(state.effective_weights).dtype
         if losses is None:
             losses = jnp.ones(num_tasks, dtype)
@@ -528,6 +520,26 @@ def aggregate_by(
         return combined, AggregateByState(weights, new, slopes)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _weigh(balancer, losses, state, given, take_gram):
+    """Returns ∂Φ/∂l and the balancer's next state, with what it asks of the Gram matrix."""
+    gram = functools.cache(take_gram)
+    supply = {
+        "slope_fn": lambda: functools.partial(jnp.matmul, gram(), precision="highest"),
+        "gram": gram,
+        "gram_fn": lambda: take_gram,
+        "gradient_norms": lambda: jnp.sqrt(jnp.diagonal(gram())),
+    }
+
+    def weigh(given):
+        def objective(losses):
+            balanced, new = balancer.update(losses, state, **given)
+            return balanced.sum(), new
+
+        return jax.grad(objective, has_aux=True)(losses)
+
+    return base.supply_missing(weigh, given, supply)[0]
 
 
 def _shared(tree, shared):
