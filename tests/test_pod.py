@@ -27,7 +27,7 @@ from methods import METHODS
 from test_examples import small_problem
 
 import bilb
-from bilb import base
+from bilb import asking
 
 DEVICES = 8
 SLOW = pytest.mark.slow
@@ -141,8 +141,8 @@ def test_the_lists_of_methods_by_what_they_read_are_complete():
     settings = balancers.Settings(1e-3, 0.05, 0, jnp.ones(K), steps=10, steps_per_epoch=5)
     read = {}
     for name, make in balancers.METHODS.items():
-        balancer, losses = base.as_link(make(settings)), jnp.ones(K)
-        read[name] = base.asked(balancer, balancer.init(losses), losses)
+        balancer, losses = asking.as_link(make(settings)), jnp.ones(K)
+        read[name] = asking.asked(balancer, balancer.init(losses), losses)
     of_slopes = {"slopes", "losses_after"}
     assert {name for name, asked in read.items() if not asked} == {*READ_LOSSES, "log", "quarter"}
     assert {name for name, asked in read.items() if asked and asked <= of_slopes} == {*READ_SLOPES}
