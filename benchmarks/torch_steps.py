@@ -95,18 +95,11 @@ def make(
     if kind == "torchjd":
         if method not in TORCHJD:
             return None
-        aggregator = TORCHJD[method](torchjd.aggregation)
         optimizer = adam(params, fused=True)
-
-        def step():
-            losses = task_losses(params, *batch)
-            torchjd.autojac.backward(losses)
-            torchjd.autojac.jac_to_grad(params, aggregator)
-            optimizer.step()
-            optimizer.zero_grad()
-            return losses.detach().numpy()
-
-        return TorchStep(step, lambda: held(optimizer))
+        aggregator = TORCHJD[method](torchjd.aggregation)
+        return TorchStep(
+            _aggregating_step(params, batch, aggregator, optimizer), lambda: held(optimizer)
+        )
     num_tasks = problem.targets.shape[1]
     own = {
         "ls": None,
@@ -120,18 +113,7 @@ def make(
 
     def objective():
         losses = task_losses(params, *batch)
-        if method == "ls":
-            return losses.sum(), losses
-        if method == "bilb4mtl":
-            weights = learnt.sigmoid()
-            u = weights * losses
-            gaps = (u[1:] - u[:-1]).abs().sum()
-            return u.sum() / weights.sum().detach() + penalty * gaps, losses
-        if method == "uw":
-            return 0.5 * ((-learnt).exp() * losses + learnt).sum(), losses
-        z = learnt.softmax(0)
-        d = losses + 1e-8
-        return (z * d.log()).sum() / (z / d).sum().detach(), losses
+        return scalarised(method, losses, learnt, penalty), losses
 
     forward = torch.compile(objective) if kind == "compiled" else objective
     losses_of = lambda: task_losses(params, *batch)
@@ -157,3 +139,34 @@ def make(
         return losses.detach().numpy()
 
     return TorchStep(step, lambda: held(optimizer))
+
+
+def scalarised(method: str, losses: Any, learnt: Any, penalty: float) -> Any:
+    """Returns a method's objective, from the losses (K,) and what it learns (K,)."""
+    if method == "ls":
+        return losses.sum()
+    if method == "bilb4mtl":
+        weights = learnt.sigmoid()
+        u = weights * losses
+        gaps = (u[1:] - u[:-1]).abs().sum()
+        return u.sum() / weights.sum().detach() + penalty * gaps
+    if method == "uw":
+        return 0.5 * ((-learnt).exp() * losses + learnt).sum()
+    z = learnt.softmax(0)
+    d = losses + 1e-8
+    return (z * d.log()).sum() / (z / d).sum().detach()
+
+
+def _aggregating_step(params, batch, aggregator, optimizer):
+    """Returns a step of TorchJD."""
+    _, torchjd = load()
+
+    def step():
+        losses = task_losses(params, *batch)
+        torchjd.autojac.backward(losses)
+        torchjd.autojac.jac_to_grad(params, aggregator)
+        optimizer.step()
+        optimizer.zero_grad()
+        return losses.detach().numpy()
+
+    return step

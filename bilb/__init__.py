@@ -58,6 +58,8 @@ from bilb import names as names
 from bilb import plots as plots
 from bilb import presets as presets
 from bilb import slopes as slopes
+from bilb.aggregation import AggregateByState as AggregateByState
+from bilb.aggregation import aggregate_by as aggregate_by
 from bilb.arguments import MissingArgument as MissingArgument
 from bilb.base import TrainingStep as TrainingStep
 from bilb.base import loss_transformation as loss_transformation
@@ -158,10 +160,8 @@ from bilb.normalize import power_losses as power_losses
 from bilb.normalize import scale_by_initial_loss as scale_by_initial_loss
 from bilb.normalize import scale_by_initial_ratio as scale_by_initial_ratio
 from bilb.normalize import skip_nonfinite as skip_nonfinite
-from bilb.training import AggregateByState as AggregateByState
+from bilb.representation import representation_value_and_grad as representation_value_and_grad
 from bilb.training import ValueAndGradState as ValueAndGradState
-from bilb.training import aggregate_by as aggregate_by
-from bilb.training import representation_value_and_grad as representation_value_and_grad
 from bilb.training import value_and_grad as value_and_grad
 from bilb.training_steps.auto_lambda import AutoLambdaState as AutoLambdaState
 from bilb.training_steps.auto_lambda import auto_lambda as auto_lambda

@@ -12,10 +12,9 @@ what the contract asks of all of them.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -108,24 +107,7 @@ def loss_transformation(
         >>> print(optax.tree.get(state.balancer, "weights"), state.effective_weights)
         [0.75 1.  ] [0.75  0.025]
     """
-    parameters = inspect.signature(update).parameters.values()
-    names = {p.name for p in parameters}
-    named = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    required = [
-        p.name
-        for p in parameters
-        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in ("mask", "taught")
-    ]
-    reads = tuple(dict.fromkeys((*reads, *(n for n in required if n in arguments.ABOUT_LOSSES))))
-    required = [name for name in required if name not in reads]
-    for read in reads:
-        if read in ("mask", "features", "losses"):
-            raise ValueError(f"reads: `{read}` does not speak of the losses; take it as a keyword.")
-        own = arguments.Argument(
-            1, False, "an array with a leading task axis (K, ...).", exact=False
-        )
-        arguments.ABOUT_LOSSES.setdefault(read, own)
+    keywords = _keywords(update, reads)
     name = name_of(update) if name is None else name
 
     specification = shapes_of(init)
@@ -138,33 +120,24 @@ def loss_transformation(
         del params
         num_tasks, loss_dtype = checks.losses(losses)
         dtype = at_least_float32(loss_dtype)
-        arguments.note(("mask", *reads, *(named - _OWN)))
+        arguments.note(("mask", *keywords.reads, *(keywords.named - _OWN)))
         checks.state(state, specification(num_tasks, dtype), num_tasks, name)
-        for needed in (*reads, *required):
+        for needed in (*keywords.reads, *keywords.required):
             if extra.get(needed) is None:
                 raise arguments.missing(needed, name)
-        arguments.refuse(extra, name, reads)
+        arguments.refuse(extra, name, keywords.reads)
         losses = jnp.asarray(losses, dtype)
         if mask is not None:
             mask = checks.mask(mask, num_tasks)
-            if "mask" not in names and not takes_all:
+            if not keywords.takes("mask"):
                 raise TypeError(f"{name} takes no mask: give its update the keyword `mask`.")
-        lagged = [read for read in reads if arguments.ABOUT_LOSSES[read].lagged]
-        current = [read for read in reads if read not in lagged]
-        mask, given = arguments.read(current, extra, mask, num_tasks, dtype)
-        if lagged:
-            told = getattr(state, "present", mask)
-            taught, of_last_step = arguments.read(lagged, extra, told, num_tasks, dtype)
-            if hasattr(state, "step"):
-                taught &= state.step > 0
-            given |= {**of_last_step, "taught": taught}
+        mask, given = _read(keywords.reads, extra, mask, state, num_tasks, dtype)
         if mask is not None:
             # The inner `where` keeps an absent task's NaN out of the method's derivatives too.
             losses = jnp.where(mask, losses, 1.0)
-        keywords = {**extra, **given, "mask": mask}
-        if not takes_all:
-            keywords = {keyword: keywords[keyword] for keyword in keywords if keyword in names}
-        balanced, new_state = update(losses, state, **keywords)
+        given = {**extra, **given, "mask": mask}
+        given = {keyword: given[keyword] for keyword in given if keywords.takes(keyword)}
+        balanced, new_state = update(losses, state, **given)
         if mask is not None:
             balanced = jnp.where(mask, balanced, 0.0)
             if keeps_absent:
@@ -173,6 +146,56 @@ def loss_transformation(
         return balanced.astype(loss_dtype), jax.tree.map(like, new_state, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class _Keywords(NamedTuple):
+    """What a method's update takes by keyword."""
+
+    named: set[str]  # its parameters
+    takes_all: bool  # whether it has **extra
+    reads: tuple[str, ...]  # those that speak of the losses
+    required: list[str]  # the others without a default
+
+    def takes(self, keyword):
+        return self.takes_all or keyword in self.named
+
+
+def _keywords(update, reads):
+    """Returns what an update takes, and makes new names among ``reads`` known."""
+    parameters = inspect.signature(update).parameters.values()
+    required = [
+        p.name
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in ("mask", "taught")
+    ]
+    reads = tuple(dict.fromkeys((*reads, *(n for n in required if n in arguments.ABOUT_LOSSES))))
+    for read in reads:
+        if read in ("mask", "features", "losses"):
+            raise ValueError(f"reads: `{read}` does not speak of the losses; take it as a keyword.")
+        own = arguments.Argument(
+            1, False, "an array with a leading task axis (K, ...).", exact=False
+        )
+        arguments.ABOUT_LOSSES.setdefault(read, own)
+    return _Keywords(
+        named={p.name for p in parameters if p.kind is not p.VAR_KEYWORD},
+        takes_all=any(p.kind is p.VAR_KEYWORD for p in parameters),
+        reads=reads,
+        required=[name for name in required if name not in reads],
+    )
+
+
+def _read(reads, extra, mask, state, num_tasks, dtype):
+    """Returns the mask less the tasks whose arguments are not finite, and the arguments read."""
+    lagged = [read for read in reads if arguments.ABOUT_LOSSES[read].lagged]
+    current = [read for read in reads if read not in lagged]
+    mask, given = arguments.read(current, extra, mask, num_tasks, dtype)
+    if lagged:
+        told = getattr(state, "present", mask)
+        taught, of_last_step = arguments.read(lagged, extra, told, num_tasks, dtype)
+        if hasattr(state, "step"):
+            taught &= state.step > 0
+        given |= {**of_last_step, "taught": taught}
+    return mask, given
 
 
 #: Parameters of a method's update that are not the user's to give.
@@ -240,106 +263,6 @@ def learn_where(
     """
     new = keep_absent(taught, new, old, specification)
     return jax.tree.map(lambda n, o: jnp.where(taught.any(), n, o).astype(o.dtype), new, old)
-
-
-def supply_missing(
-    function: Callable[[dict[str, Any]], Any],
-    given: dict[str, Any],
-    supply: Mapping[str, Callable[[], Any]],
-) -> tuple[Any, dict[str, Any]]:
-    """Calls ``function(given)``, adding what it says is missing; returns what it had in the end."""
-    while True:
-        try:
-            return function(given), given
-        except arguments.MissingArgument as error:
-            if error.argument not in supply or error.argument in given:
-                raise
-            given = {**given, error.argument: supply[error.argument]()}
-
-
-def asked(
-    balancer: optax.GradientTransformationExtraArgs,
-    state: PyTree,
-    losses: Any,
-    *,
-    features: PyTree = None,
-    **extra: Any,
-) -> set[str]:
-    """Returns which arguments about losses of this shape a balancer asks for, by tracing it.
-
-    ``losses`` and ``features`` may be shapes.
-    """
-    zeros = lambda: jnp.zeros(losses.shape, at_least_float32(losses.dtype))
-    gram = lambda: jnp.zeros(2 * losses.shape, zeros().dtype)
-    supply = {
-        "slopes": zeros,
-        "losses_after": zeros,
-        "gradient_norms": zeros,
-        "curvatures": zeros,
-        "curvature_fn": lambda: zeros,
-        "slope_fn": lambda: jnp.zeros_like,
-        "gram": gram,
-        "gram_fn": lambda: gram,
-    }
-    names = set()
-    noting = {name: lambda name=name: names.add(name) or supply[name]() for name in supply}
-
-    def trace(given):
-        def update(losses, state, features):
-            more = {} if features is None else {"features": features}
-            return balancer.update(losses, state, **given, **more)
-
-        shape = jax.ShapeDtypeStruct(losses.shape, losses.dtype)
-        return jax.eval_shape(update, shape, state, features)
-
-    # What is not known here, features or a mapped axis, ends the search; nothing is carried there.
-    with contextlib.suppress(arguments.MissingArgument, arguments.UnboundAxis):
-        supply_missing(trace, extra, noting)
-    return names
-
-
-def as_link(balancer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Returns a balancer that takes any extra arguments and asks for those it requires.
-
-    A hand-written ``update(losses, state, params=None, *, slopes, **extra)`` raises
-    :class:`MissingArgument` for its keyword-only arguments without default, as a method made by
-    :func:`loss_transformation` does.
-    """
-    if not isinstance(balancer, optax.GradientTransformation):
-        raise TypeError(
-            "a balancer is an optax.GradientTransformation of the losses, such as "
-            f"bilb.bilb4mtl(); got {balancer!r}.{checks.uncalled(balancer)}"
-        )
-    balancer = optax.with_extra_args_support(balancer)
-    required = [
-        p.name
-        for p in inspect.signature(balancer.update).parameters.values()
-        if p.kind is p.KEYWORD_ONLY and p.default is p.empty
-    ]
-    if not required:
-        return balancer
-
-    def update_fn(losses, state, params=None, **extra):
-        arguments.note(required)
-        for name in required:
-            if extra.get(name) is None:
-                raise arguments.missing(name, name_of(balancer.update))
-        return balancer.update(losses, state, params, **extra)
-
-    return optax.GradientTransformationExtraArgs(balancer.init, update_fn)
-
-
-def refuse_optimizer(state: PyTree) -> None:
-    """Raises TypeError for the state of an optimiser, such as Adam, where a balancer's belongs."""
-    if type(state) is tuple:
-        for part in state:
-            refuse_optimizer(part)
-    elif {"mu", "nu", "trace"} & {*getattr(state, "_fields", ())}:
-        raise TypeError(
-            f"a balancer transforms losses, but this is an optimiser, of {type(state).__name__}: "
-            "give a method such as bilb.bilb4mtl(), and the gradients that value_and_grad returns "
-            "to the optimiser."
-        )
 
 
 def present(losses: Array, mask: Array | None) -> Array:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import arguments, base, checks
+from bilb import arguments, asking, base, checks
 
 
 class ChainState(NamedTuple):
@@ -85,15 +85,15 @@ def chain(*links: optax.GradientTransformation) -> optax.GradientTransformationE
     if not links:
         raise ValueError("bilb.chain joins at least one link; got none.")
     links = tuple(
-        base.as_link(inner) for link in links for inner in getattr(link, "links", (link,))
+        asking.as_link(inner) for link in links for inner in getattr(link, "links", (link,))
     )
 
     def init_fn(losses):
         num_tasks, dtype = checks.losses(losses)
         zeros = jnp.zeros(num_tasks, base.at_least_float32(dtype))
         states = tuple(link.init(zeros) for link in links)
-        base.refuse_optimizer(states)
-        asked = [base.asked(link, state, zeros) for link, state in zip(links, states)]
+        asking.refuse_optimizer(states)
+        asked = [asking.asked(link, state, zeros) for link, state in zip(links, states)]
         kept = tuple(_first_kept(asked[i], states[:i], zeros) for i in range(len(links)))
         return ChainState(states, kept)
 

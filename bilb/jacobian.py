@@ -226,6 +226,28 @@ def check_heads(heads: str) -> None:
         raise ValueError(f'heads must be "weighted" or "sum"; got {heads!r}.')
 
 
+def shared_part(tree: base.PyTree, shared: base.PyTree) -> base.PyTree:
+    """Returns a tree shaped like the parameters, or its rows, with zeros where not shared."""
+    keep = lambda is_shared, part: part if is_shared else optax.tree.zeros_like(part)
+    return jax.tree.map(keep, shared, tree)
+
+
+def with_heads(
+    combined: Callable[[jax.Array], base.PyTree],
+    weights: jax.Array,
+    shared: base.PyTree,
+    heads: str,
+    mask: jax.Array | None,
+) -> base.PyTree:
+    """Returns the gradient under the weights, of plain sums where parameters are not shared."""
+    grads = combined(weights)
+    if heads == "weighted":
+        return grads
+    ones = jnp.ones_like(weights)
+    plain = combined(ones if mask is None else jnp.where(mask, ones, 0))
+    return jax.tree.map(lambda is_shared, w, p: w if is_shared else p, shared, grads, plain)
+
+
 def combine(weights: jax.Array, task_gradients: base.PyTree) -> base.PyTree:
     """Returns ``Jᵀ w``: sums leaves (K, *shape) over tasks with (K,) weights, dtypes kept.
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import arguments, base, checks
+from bilb import arguments, asking, base, checks
 from bilb.chain import Collective
 
 
@@ -364,7 +364,7 @@ def skip_nonfinite(
         >>> print(balanced)
         [1. 0. 3.]
     """
-    inner = base.as_link(inner)
+    inner = asking.as_link(inner)
 
     def init_fn(losses):
         num_tasks, dtype = checks.losses(losses)

@@ -1,8 +1,4 @@
-"""How a loss transformation drives training: as a loss vector's ``value_and_grad``, or in a chain.
-
-:func:`value_and_grad` weighs the losses before one backward pass. :func:`aggregate_by` weighs task
-gradients that were computed anyway.
-"""
+"""The driver that weighs the losses before one backward pass, as ``jax.value_and_grad`` does."""
 
 from __future__ import annotations
 
@@ -10,15 +6,14 @@ import dataclasses
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.interpreters import partial_eval
 
-from bilb import arguments, base, checks, jacobian, names
+from bilb import arguments, asking, base, checks, jacobian, names
 from bilb import curvatures as curvature_functions
 from bilb import grams as gram_engines
 from bilb import slopes as slope_functions
@@ -130,7 +125,7 @@ def value_and_grad(
             f"task_losses must be a function (params, *args) -> losses; got {task_losses!r}. Call "
             "bilb.value_and_grad(task_losses, balancer)."
         )
-    balancer = base.as_link(balancer)
+    balancer = asking.as_link(balancer)
     return ValueAndGrad(
         task_losses, balancer, has_aux, features, slopes, shared, gram, axis_name, heads, curvatures
     )
@@ -160,8 +155,8 @@ class ValueAndGrad:
             extra["features"] = features
         with names.known(named):
             balancer = self.balancer.init(zeros())
-            base.refuse_optimizer(balancer)
-            asked = base.asked(self.balancer, balancer, losses, **extra)
+            asking.refuse_optimizer(balancer)
+            asked = asking.asked(self.balancer, balancer, losses, **extra)
         return ValueAndGradState(
             step=base.new_step(),
             effective_weights=names.unstack(zeros(), named),
@@ -180,7 +175,7 @@ class ValueAndGrad:
         **extra: Any,
     ) -> tuple[Any, base.PyTree, ValueAndGradState]:
         """Returns losses (and aux), the gradient of the objective, and the next state."""
-        _check_state(params, state)
+        check_state(params, state)
         _check_after(state)
         (losses, features), (named, aux), pullback, pushforward = jacobian.linearize_with_features(
             lambda p: self._outputs(p, *args), params
@@ -197,7 +192,7 @@ class ValueAndGrad:
 
         def slopes_along(direction):
             batch, at = (args, here) if slope_args is None else (slope_args, None)
-            direction = _shared(direction, self.shared)
+            direction = jacobian.shared_part(direction, self.shared)
             return self.slopes(self._losses, params, direction, *batch, at=at)
 
         def take_gram(rows=take_rows):
@@ -206,7 +201,7 @@ class ValueAndGrad:
                 other, *first = [self._linearize(params, *batch) for batch in batches]
                 return self.gram.of(first[0] if first else here, params, state.step, other)
             if of_rows:
-                return gram_engines.of_rows(_shared(rows(), self.shared))
+                return gram_engines.of_rows(jacobian.shared_part(rows(), self.shared))
             return self.gram.of(here, params, state.step)
 
         gram = functools.cache(lambda: take_gram(rows))
@@ -220,19 +215,6 @@ class ValueAndGrad:
             options = {"shared": self.shared, "step": state.step}
             return self._mean(self.curvatures(self._losses, params, *args, **options))
 
-        def weigh(given):
-            def objective(losses, features):
-                more = {} if self.features is None else {"features": features}
-                balanced, balancer = self.balancer.update(losses, state.balancer, **given, **more)
-                return balanced.sum(), balancer
-
-            return jax.grad(objective, argnums=(0, 1), has_aux=True)(constants, features)
-
-        given = dict(extra)
-        if state.slopes is not None:
-            given["slopes"] = state.slopes
-        if state.losses_after is not None:
-            given["losses_after"] = state.losses_after
         supply = {
             "slope_fn": lambda: lambda weights: slopes_along(gradient_of(weights)),
             "gram": gram,
@@ -242,19 +224,15 @@ class ValueAndGrad:
             "curvatures": curvatures,
             "curvature_fn": lambda: curvatures,
         }
-        with names.known(named), arguments.noting() as read:
-            if given.get("mask") is not None:
-                given["mask"] = checks.mask(given["mask"], losses.shape[0])
-            ((weights, of_features), balancer), asked = base.supply_missing(weigh, given, supply)
-            read |= _keywords(self.balancer.update)
-            unread = [name for name in extra if extra[name] is not None and name not in read]
-            if unread:
-                _refuse_unread(unread, read, lambda extra: weigh({**asked, **extra}), extra)
-        if of_rows and self.features is None and {"gram", "gradient_norms"} & {*asked}:
+        with names.known(named):
+            weights, of_features, balancer, given = self._weigh(
+                constants, features, state, extra, supply
+            )
+        if of_rows and self.features is None and {"gram", "gradient_norms"} & {*given}:
             combined = lambda weights: jacobian.combine(weights, rows())
         else:
             combined = lambda weights: self._mean(pullback((weights, of_features)))
-        grads = _with_heads(combined, weights, self.shared, self.heads, given.get("mask"))
+        grads = jacobian.with_heads(combined, weights, self.shared, self.heads, given.get("mask"))
         like = lambda old, new: new.astype(old.dtype)
         last_weights = names.stack(state.effective_weights)
         next_state = ValueAndGradState(
@@ -271,11 +249,37 @@ class ValueAndGrad:
 
     def after(self, params: base.PyTree, state: ValueAndGradState, *args: Any) -> ValueAndGradState:
         """Takes the losses of the same batch after the optimiser's step, where they are read."""
-        _check_state(params, state)
+        check_state(params, state)
         if state.losses_after is None:
             return state
         losses = self._losses(params, *args).astype(state.losses_after.dtype)
         return state._replace(losses_after=jnp.where(jnp.isnan(losses), jnp.inf, losses))
+
+    def _weigh(self, losses, features, state, extra, supply):
+        """Returns ∂Φ/∂l, ∂Φ/∂features, the balancer's next state, and what it was given."""
+
+        def weigh(given):
+            def objective(losses, features):
+                more = {} if self.features is None else {"features": features}
+                balanced, balancer = self.balancer.update(losses, state.balancer, **given, **more)
+                return balanced.sum(), balancer
+
+            return jax.grad(objective, argnums=(0, 1), has_aux=True)(losses, features)
+
+        given = dict(extra)
+        if state.slopes is not None:
+            given["slopes"] = state.slopes
+        if state.losses_after is not None:
+            given["losses_after"] = state.losses_after
+        if given.get("mask") is not None:
+            given["mask"] = checks.mask(given["mask"], losses.shape[0])
+        with arguments.noting() as read:
+            ((weights, of_features), balancer), given = asking.supply_missing(weigh, given, supply)
+            read |= _keywords(self.balancer.update)
+            unread = [name for name in extra if extra[name] is not None and name not in read]
+            if unread:
+                _refuse_unread(unread, read, lambda extra: weigh({**given, **extra}), extra)
+        return weights, of_features, balancer, given
 
     def _outputs(self, params, *args):
         returned = self.task_losses(params, *args)
@@ -300,250 +304,12 @@ class ValueAndGrad:
     def _on_shared(self, losses, pullback, pushforward):
         return jacobian.Linearization(
             losses,
-            pullback=lambda weights: _shared(pullback(weights), self.shared),
-            pushforward=lambda direction: pushforward(_shared(direction, self.shared)),
+            pullback=lambda weights: jacobian.shared_part(pullback(weights), self.shared),
+            pushforward=lambda direction: pushforward(jacobian.shared_part(direction, self.shared)),
         )
 
     def _mean(self, gradient):
         return gradient if self.axis_name is None else jax.lax.pmean(gradient, self.axis_name)
-
-
-def representation_value_and_grad(
-    trunk: Callable[..., Any],
-    heads_losses: Callable[..., Any],
-    balancer: optax.GradientTransformation,
-    **options: Any,
-) -> RepresentationValueAndGrad:
-    """As :func:`value_and_grad`, with the task gradients taken at a shared representation.
-
-    For a model whose tasks meet in a representation ``z = trunk(params, batch)``, the gradients
-    ``∂l_k/∂z`` bound those by the parameters (Sener and Koltun's upper bound, MGDA-UB): Gram
-    matrices, norms and slopes are taken over z, with K backward passes through the heads alone.
-    One weighted backward pass through heads and trunk follows.
-
-    Args:
-        trunk: ``trunk(params, *args) -> z``, any pytree of floating point arrays.
-        heads_losses: ``heads_losses(params, z, *args) -> losses``, as :func:`value_and_grad` takes
-            them, or ``(losses, aux)``.
-        balancer: a loss transformation or a chain of them.
-        **options: ``has_aux``, ``features``, ``slopes``, ``gram``, ``axis_name`` and ``heads`` of
-            :func:`value_and_grad`. With ``heads="sum"`` the parameters that ``heads_losses`` reads
-            follow the plain sum of the losses.
-
-    Returns:
-        A callable like that of :func:`value_and_grad`, with ``init`` and ``after``.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, bilb
-        >>> trunk = lambda params, x: jnp.tanh(x @ params["trunk"])
-        >>> def heads_losses(params, z, x):
-        ...     return jnp.mean((z @ params["heads"] - jnp.sin(x[:, :2])) ** 2, axis=0)
-        >>> balancer = bilb.chain(bilb.log_losses(), bilb.marigold())
-        >>> value_and_grad = bilb.representation_value_and_grad(trunk, heads_losses, balancer)
-        >>> params = {"trunk": jnp.ones((3, 4)) / 3, "heads": jnp.ones((4, 2)) / 4}
-        >>> x = jnp.arange(15.0).reshape(5, 3) / 10
-        >>> state = value_and_grad.init(params, x)
-        >>> losses, grads, state = jax.jit(value_and_grad)(params, state, x)
-        >>> print(losses.shape, grads["trunk"].shape, state.slopes.shape)
-        (2,) (3, 4) (2,)
-
-    References:
-        Sener and Koltun, *Multi-task learning as multi-objective optimization*, arXiv 1810.04650,
-        section 3.3.
-    """
-    losses_of = lambda split, *args: heads_losses(split[1], split[0], *args)
-    driver = value_and_grad(losses_of, balancer, shared=(True, False), **options)
-    return RepresentationValueAndGrad(trunk, driver)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class RepresentationValueAndGrad:
-    """What :func:`representation_value_and_grad` returns."""
-
-    trunk: Callable[..., Any]
-    driver: ValueAndGrad  # of the losses by (representation, parameters)
-
-    def init(self, params: base.PyTree, *args: Any, **extra: Any) -> ValueAndGradState:
-        """Returns the first state."""
-        representation = jax.eval_shape(self.trunk, params, *args)
-        return self.driver.init((representation, params), *args, **extra)
-
-    def __call__(
-        self, params: base.PyTree, state: ValueAndGradState, *args: Any, **extra: Any
-    ) -> tuple[Any, base.PyTree, ValueAndGradState]:
-        """Returns losses (and aux), the gradient by all parameters, and the next state."""
-        _check_state(params, state)
-        for name in ("slope_args", "gram_args"):
-            if name in extra:
-                raise TypeError(
-                    f"{name}= takes derivatives on another batch, whose representation is another: "
-                    "use bilb.value_and_grad for that."
-                )
-        representation, pullback = jax.vjp(lambda p: self.trunk(p, *args), params)
-        losses, (along, of_heads), state = self.driver(
-            (representation, params), state, *args, **extra
-        )
-        (of_trunk,) = pullback(along)
-        return losses, optax.tree.add(of_trunk, of_heads), state
-
-    def after(self, params: base.PyTree, state: ValueAndGradState, *args: Any) -> ValueAndGradState:
-        """Takes the losses of the same batch after the optimiser's step, where they are read."""
-        _check_state(params, state)
-        if state.losses_after is None:
-            return state
-        return self.driver.after((self.trunk(params, *args), params), state, *args)
-
-
-class AggregateByState(NamedTuple):
-    """State of :func:`aggregate_by`."""
-
-    effective_weights: base.PyTree  # (K,) ∂Φ/∂l of the call, or by task name; 0 at first
-    balancer: optax.OptState
-    slopes: jax.Array | None  # (K,) of the step just taken, None where the method reads none
-
-
-def aggregate_by(
-    balancer: optax.GradientTransformation,
-    num_tasks: int | Sequence[str],
-    *,
-    shared: base.PyTree = True,
-    heads: Literal["weighted", "sum"] = "weighted",
-) -> optax.GradientTransformationExtraArgs:
-    """Makes a loss transformation the first link of an optimiser that gets stacked task gradients.
-
-    ``optax.chain(bilb.aggregate_by(bilb.mgda(), num_tasks=3), optax.adam(1e-3))`` reads gradients
-    whose leaves are ``(K, *shape)``, as :func:`bilb.task_gradients` returns them, and passes on
-    their sum under the balancer's effective weights. What the balancer reads about the losses, it
-    computes from the gradients: ``gram``, ``gradient_norms``, ``slope_fn``, and the ``slopes`` of
-    the previous call's step; ``losses_after`` and a mask go to ``update`` as keywords. The
-    parameters are those of :func:`value_and_grad`, to rounding, unless a router reads features,
-    through which no gradient flows here. Use it where the task gradients exist anyway.
-
-    Give it the whole tree, with ``shared`` and ``heads`` for what is task-specific, or
-    ``optax.partition`` with a static tree of labels whose groups each begin with one.
-    ``optax.masked`` would leave the other leaves stacked, and ``optax.apply_updates`` would then
-    broadcast their parameters to (K, ...). Wrappers that look at updates, such as
-    ``optax.clip_by_global_norm``, ``optax.MultiSteps`` and ``optax.apply_if_finite``, go behind it.
-
-    The gradient of a task that is absent, or whose weight is 0, is left out, NaN included.
-
-    Args:
-        balancer: a loss transformation or a chain of them.
-        num_tasks: K, or the names of the tasks in any order, where the losses come in a dict and
-            something is given or wanted by name; static.
-        shared: bools in a pytree prefix of the parameters, True for those that tasks share: Gram
-            matrices, norms and slopes are taken over them only.
-        heads: what the other parameters follow, as in :func:`value_and_grad`.
-
-    Returns:
-        An aggregator: ``update(task_gradients, state, params, losses=losses, **extra)``. A balancer
-        whose weights do not depend on the values of the losses, such as :func:`bilb.mgda` alone,
-        needs no ``losses=``.
-
-    Raises:
-        ValueError: if ``num_tasks`` < 1, for an unknown ``heads``, if ``losses`` are not (K,), or a
-            leaf's leading axis is not the number of tasks.
-        MissingArgument: if ``losses=`` is missing and its values matter.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, optax, bilb
-        >>> task_losses = lambda x: jnp.stack([jnp.sum((x - 1) ** 2), jnp.sum((x + 1) ** 2)])
-        >>> optimizer = optax.chain(bilb.aggregate_by(bilb.bilb4mtl(), 2), optax.sgd(0.1))
-        >>> x = jnp.array([0.5, 0.5])
-        >>> state = optimizer.init(x)
-        >>> losses, task_gradients = bilb.task_gradients(task_losses, x)
-        >>> updates, state = optimizer.update(task_gradients, state, x, losses=losses)
-        >>> print(updates.shape)
-        (2,)
-    """
-    named = num_tasks
-    if isinstance(num_tasks, Sequence):
-        named, num_tasks = dict.fromkeys(num_tasks, 0.0), len(num_tasks)
-    checks.number("num_tasks", num_tasks, minimum=1, whole=True, static=True)
-    jacobian.check_heads(heads)
-    balancer = base.as_link(balancer)
-
-    def init_fn(params):
-        del params
-        zeros = lambda: jnp.zeros(num_tasks, jnp.result_type(float))
-        with names.known(named):
-            state = balancer.init(zeros())
-            base.refuse_optimizer(state)
-            reads_slopes = "slopes" in base.asked(balancer, state, zeros())
-        weights = names.unstack(zeros(), named)
-        return AggregateByState(weights, state, zeros() if reads_slopes else None)
-
-    def update_fn(task_gradients, state, params=None, *, losses=None, **extra):
-        with names.known(named), names.known(losses):
-            own, given = names.names_of(named), names.current()
-            if given not in (None, own or given):
-                raise ValueError(f"aggregate_by was made for {own}; got losses of {given}.")
-            if extra.get("mask") is not None:
-                extra["mask"] = checks.mask(extra["mask"], num_tasks)
-            losses = None if losses is None else names.stack(losses)
-            return named_update_fn(task_gradients, state, params, losses, **extra)
-
-    def named_update_fn(task_gradients, state, params, losses, **extra):
-        jacobian.check_task_gradients(task_gradients, params, num_tasks)
-        shared_rows = _shared(task_gradients, shared)
-        take_gram = lambda: gram_engines.of_rows(shared_rows)
-        given = dict(extra)
-        if state.slopes is not None:
-            given["slopes"] = state.slopes
-
-        def weigh(losses):
-            gram = functools.cache(take_gram)
-            supply = {
-                "slope_fn": lambda: functools.partial(jnp.matmul, gram(), precision="highest"),
-                "gram": gram,
-                "gram_fn": lambda: take_gram,
-                "gradient_norms": lambda: jnp.sqrt(jnp.diagonal(gram())),
-            }
-
-            def of(given):
-                def objective(losses):
-                    balanced, new = balancer.update(losses, state.balancer, **given)
-                    return balanced.sum(), new
-
-                return jax.grad(objective, has_aux=True)(losses)
-
-            return base.supply_missing(of, given, supply)[0]
-
-        dtype = names.stack(state.effective_weights).dtype
-        if losses is None:
-            losses = jnp.ones(num_tasks, dtype)
-            if _depends_on_its_argument(weigh, losses):
-                raise arguments.MissingArgument(
-                    "losses",
-                    "aggregate_by",
-                    "call update(task_gradients, state, params, losses=...).",
-                )
-        losses = jnp.asarray(losses)
-        weights, new = weigh(losses.astype(base.at_least_float32(losses.dtype)))
-        combine = lambda weights: jacobian.combine(weights, task_gradients)
-        combined = _with_heads(combine, weights, shared, heads, extra.get("mask"))
-        along = lambda: gram_engines.products(shared_rows, _shared(combined, shared))
-        slopes = None if state.slopes is None else along().astype(dtype)
-        weights = names.unstack(weights.astype(dtype), named)
-        return combined, AggregateByState(weights, new, slopes)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _shared(tree, shared):
-    """Returns a tree shaped like the parameters, or its rows, with zeros where not shared."""
-    keep = lambda is_shared, part: part if is_shared else optax.tree.zeros_like(part)
-    return jax.tree.map(keep, shared, tree)
-
-
-def _with_heads(combined, weights, shared, heads, mask):
-    """Returns the gradient under the weights, of plain sums where parameters are not shared."""
-    grads = combined(weights)
-    if heads == "weighted":
-        return grads
-    ones = jnp.ones_like(weights)
-    plain = combined(ones if mask is None else jnp.where(mask, ones, 0))
-    return jax.tree.map(lambda is_shared, w, p: w if is_shared else p, shared, grads, plain)
 
 
 def _of_all_devices(weights, last_weights):
@@ -556,13 +322,7 @@ def _of_all_devices(weights, last_weights):
     return jax.lax.psum(weights, tuple(axes)) if axes else weights
 
 
-def _depends_on_its_argument(function, argument):
-    """Whether what a function returns is computed from the values of its argument."""
-    jaxpr = jax.make_jaxpr(function)(argument).jaxpr
-    return any(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1])
-
-
-def _check_state(params, state):
+def check_state(params: Any, state: Any) -> None:
     """Raises TypeError for another state than that of ``value_and_grad.init``."""
     if isinstance(params, ValueAndGradState):
         raise TypeError(
@@ -597,7 +357,7 @@ def _refuse_unread(unread, read, weigh, extra):
     """Raises TypeError for keywords that no link names and on which nothing depends."""
     for name in unread:
         try:
-            used = _depends_on_its_argument(lambda value: weigh({name: value}), extra[name])  # noqa: B023
+            used = asking.depends_on_its_argument(lambda value: weigh({name: value}), extra[name])  # noqa: B023
         except jax.errors.ConcretizationTypeError:
             used = True
         except TypeError:  # no array

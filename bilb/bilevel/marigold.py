@@ -116,30 +116,13 @@ def marigold(
     References:
         *MARIGOLD*, arXiv 2603.07389 (from the abstract).
     """
-    if isinstance(lower, str):
-        if lower not in _LOWER:
-            raise ValueError(f"lower must be one of {sorted(_LOWER)}; got {lower!r}.")
-        name, lower = lower, _LOWER[lower]()
-    elif isinstance(lower, lower_levels.LowerLevel):
-        name = "this lower level"
-    else:
-        raise TypeError(
-            "lower must be a name or one of bilb.lower_levels, such as bilb.lower_levels.mgda(); "
-            f"got {lower!r}.{checks.uncalled(lower)}"
-        )
-    if scheme not in ("softmax", "projection", "exponentiated"):
-        raise ValueError(
-            f'scheme must be "softmax", "projection" or "exponentiated"; got {scheme!r}.'
-        )
-    if not lower.on_simplex and scheme != "projection":
-        raise ValueError(f'{name} needs scheme="projection"; got {scheme!r}.')
-    if lower.logarithmic and scheme == "projection":
-        raise ValueError(f'{name} needs scheme="softmax" or "exponentiated"; got {scheme!r}.')
+    lower = _lower_level(lower, scheme)
     checks.number("inner_steps", inner_steps, minimum=1, whole=True, static=True)
     checks.number("regularization", regularization, minimum=0, schedule=True)
     checks.number("max_logit", max_logit, minimum=0, exclusive=True, schedule=True)
     lagged = lower.lagged and inner_steps == 1
     optimizer = checks.optimizer("optimizer", optimizer, optax.adam(0.025))
+    feasible, move = _points(scheme, lower, max_logit)
 
     def init(num_tasks, dtype):
         uniform = jnp.full(num_tasks, 1 / num_tasks, dtype)
@@ -154,31 +137,6 @@ def marigold(
         )
 
     shapes = base.shapes_of(init)
-
-    def feasible(point, present):
-        """λ of the present tasks, scaled to them; 0 for the others."""
-        if scheme != "projection":
-            return jnp.where(present, jax.nn.softmax(point, where=present), 0.0)
-        if not lower.on_simplex:
-            return project(point, present)
-        lam = jnp.where(present, point, 0.0)
-        total = lam.sum()
-        scaled = lam / jnp.where(total > 0, total, 1.0)
-        return jnp.where(total > 0, scaled, equal_weights(present, lam.dtype))
-
-    def project(point, present):
-        if lower.on_simplex:
-            return onto_simplex(point, present, lower.project)
-        point = jnp.where(present, point, far(point.dtype))
-        return jnp.where(present, lower.project(point), 0.0)
-
-    def move(state, lam, updates, present):
-        """The point after a step, on the feasible set."""
-        if scheme == "projection":
-            return project(lam + updates, present)
-        point = jnp.where(present, state.point + updates, state.point)
-        bound = base.at_step(max_logit, state.step)
-        return jnp.clip(point - point.mean(), -bound, bound)
 
     def learn(state, product, present):
         """One step on λ for the tasks that are present; ``product(w)`` is ``G w``."""
@@ -214,6 +172,61 @@ def marigold(
 
     reads = ("slopes",) if lagged else ("slope_fn",)
     return base.loss_transformation(init, update, reads=reads, keeps_absent=False)
+
+
+def _lower_level(lower, scheme):
+    """Returns the lower-level problem of this name, or as it is given, if the scheme suits it."""
+    if isinstance(lower, str):
+        if lower not in _LOWER:
+            raise ValueError(f"lower must be one of {sorted(_LOWER)}; got {lower!r}.")
+        name, lower = lower, _LOWER[lower]()
+    elif isinstance(lower, lower_levels.LowerLevel):
+        name = "this lower level"
+    else:
+        raise TypeError(
+            "lower must be a name or one of bilb.lower_levels, such as bilb.lower_levels.mgda(); "
+            f"got {lower!r}.{checks.uncalled(lower)}"
+        )
+    if scheme not in ("softmax", "projection", "exponentiated"):
+        raise ValueError(
+            f'scheme must be "softmax", "projection" or "exponentiated"; got {scheme!r}.'
+        )
+    if not lower.on_simplex and scheme != "projection":
+        raise ValueError(f'{name} needs scheme="projection"; got {scheme!r}.')
+    if lower.logarithmic and scheme == "projection":
+        raise ValueError(f'{name} needs scheme="softmax" or "exponentiated"; got {scheme!r}.')
+    return lower
+
+
+def _points(scheme, lower, max_logit):
+    """Returns how λ is kept: ``feasible(point, present) -> λ`` and a step on the point."""
+
+    def feasible(point, present):
+        """λ of the present tasks, scaled to them; 0 for the others."""
+        if scheme != "projection":
+            return jnp.where(present, jax.nn.softmax(point, where=present), 0.0)
+        if not lower.on_simplex:
+            return project(point, present)
+        lam = jnp.where(present, point, 0.0)
+        total = lam.sum()
+        scaled = lam / jnp.where(total > 0, total, 1.0)
+        return jnp.where(total > 0, scaled, equal_weights(present, lam.dtype))
+
+    def project(point, present):
+        if lower.on_simplex:
+            return onto_simplex(point, present, lower.project)
+        point = jnp.where(present, point, far(point.dtype))
+        return jnp.where(present, lower.project(point), 0.0)
+
+    def move(state, lam, updates, present):
+        """The point after a step, on the feasible set."""
+        if scheme == "projection":
+            return project(lam + updates, present)
+        point = jnp.where(present, state.point + updates, state.point)
+        bound = base.at_step(max_logit, state.step)
+        return jnp.clip(point - point.mean(), -bound, bound)
+
+    return feasible, move
 
 
 class AdagradNormState(NamedTuple):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilb import arguments, base, checks
+from bilb import arguments, asking, base, checks
 
 
 class CRMOGMState(NamedTuple):
@@ -66,7 +66,7 @@ def cr_mogm(
         beyond*, NeurIPS 2022.
     """
     checks.number("alpha", alpha, minimum=0, maximum=1, schedule=True)
-    inner = base.as_link(inner)
+    inner = asking.as_link(inner)
 
     def init_fn(losses):
         num_tasks, dtype = checks.losses(losses)

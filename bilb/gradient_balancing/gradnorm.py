@@ -123,7 +123,6 @@ def gradnorm(
         )
 
     def update(losses, state, *, mask, gradient_norms, **_):
-        present = base.present(losses, mask)
         num_tasks = base.num_present(losses, mask)
         norms = base.bounded_gradient(gradient_norms)
         values = jax.lax.stop_gradient(losses)
@@ -137,11 +136,7 @@ def gradnorm(
         count = state.count + take
         change = jnp.where(take, (values - state.initial_losses) / jnp.maximum(count, 1), 0)
         initial = state.initial_losses + change
-
-        relative = jnp.where(initial == 0, 1.0, values / jnp.where(initial == 0, 1.0, initial))
-        relative = jnp.where(present, jnp.maximum(relative, 0.0), 0.0)
-        mean = jnp.sum(relative) / num_tasks
-        rates = jnp.where(mean == 0, 1.0, relative / jnp.where(mean == 0, 1.0, mean))
+        rates = _training_rates(values, initial, base.present(losses, mask), num_tasks)
         exponent = base.at_step(alpha, state.step)
 
         def objective(scales):
@@ -173,3 +168,12 @@ def gradnorm(
         )
 
     return base.loss_transformation(init, update)
+
+
+def _training_rates(losses, initial_losses, present, num_tasks):
+    """Returns ``r_k = (l_k / L_k) / mean_j (l_j / L_j)``, 0 for absent tasks."""
+    safe = jnp.where(initial_losses == 0, 1.0, initial_losses)
+    relative = jnp.where(initial_losses == 0, 1.0, losses / safe)
+    relative = jnp.where(present, jnp.maximum(relative, 0.0), 0.0)
+    mean = jnp.sum(relative) / num_tasks
+    return jnp.where(mean == 0, 1.0, relative / jnp.where(mean == 0, 1.0, mean))

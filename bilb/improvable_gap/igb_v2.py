@@ -186,43 +186,6 @@ def igb_v2(
         Dai et al., *Improvable Gap Balancing for Multi-Task Learning*, UAI 2023,
         arXiv 2307.15429, IGBv2.
     """
-    optimizer = checks.optimizer("optimizer", optimizer, optax.adam(3e-4))
-    checks.key(key)
-    windows.check(base_start, base_steps)
-    checks.number("warmup_steps", warmup_steps, minimum=0, whole=True)
-    checks.number("update_after", update_after, minimum=0, whole=True)
-    checks.number("update_every", update_every, minimum=1, whole=True)
-    checks.number("num_updates", num_updates, minimum=1, whole=True)
-    checks.number("buffer_size", buffer_size, minimum=1, whole=True, static=True)
-    checks.number("batch_size", batch_size, minimum=2, whole=True, static=True)
-    checks.number("batch_size * buffer_size", batch_size * buffer_size, maximum=2**30 - 1)
-    checks.number("reward_scale", reward_scale, minimum=0, schedule=True)
-    for width in hidden:
-        checks.number("hidden", width, minimum=1, whole=True, static=True)
-    checks.number("discount", discount, minimum=0, maximum=1)
-    checks.number("polyak", polyak, minimum=0, maximum=1)
-    checks.number("initial_temperature", initial_temperature, minimum=0, exclusive=True)
-    checks.number("clip", clip, minimum=0, exclusive=True)
-    checks.number("floor", floor, minimum=0, exclusive=True)
-    checks.number("residual", residual, minimum=0, optional=True)
-    if units not in ("losses", "base"):
-        raise ValueError(f'units must be "losses" or "base"; got {units!r}.')
-    if action not in ("sample", "mean"):
-        raise ValueError(f'action must be "sample" or "mean"; got {action!r}.')
-    if residual is not None and units != "base":
-        raise ValueError('a residual changes the logits l / l^b: give units="base" as well.')
-    if log_prob not in ("official", "gaussian"):
-        raise ValueError(f'log_prob must be "official" or "gaussian"; got {log_prob!r}.')
-    agent_settings = sac.Settings(
-        hidden=tuple(hidden),
-        batch_size=batch_size,
-        num_updates=num_updates,
-        discount=discount,
-        polyak=polyak,
-        log_prob=log_prob,
-        optimizer=optimizer,
-        residual=residual,
-    )
     settings = Settings(
         base_start=base_start,
         base_steps=base_steps,
@@ -232,10 +195,21 @@ def igb_v2(
         reward_scale=reward_scale,
         clip=clip,
         floor=floor,
-        agent=agent_settings,
+        agent=sac.Settings(
+            hidden=tuple(hidden),
+            batch_size=batch_size,
+            num_updates=num_updates,
+            discount=discount,
+            polyak=polyak,
+            log_prob=log_prob,
+            optimizer=checks.optimizer("optimizer", optimizer, optax.adam(3e-4)),
+            residual=residual,
+        ),
         units=units,
         action=action,
     )
+    checks.key(key)
+    _check(settings, buffer_size, initial_temperature)
 
     def init(num_tasks, dtype):
         agent_key, state_key = jax.random.split(base.as_key(key))
@@ -249,7 +223,7 @@ def igb_v2(
                 agent_key,
                 num_tasks,
                 dtype,
-                settings=agent_settings,
+                settings=settings.agent,
                 initial_temperature=initial_temperature,
             ),
             key=state_key,
@@ -257,15 +231,8 @@ def igb_v2(
 
     @jax.jit  # so that calls outside jit compile the agent's training once
     def step(losses, state, mask):
-        num_tasks, dtype = losses.shape[0], losses.dtype
-        key, warmup_key, action_key, train_key = jax.random.split(state.key, 4)
-        draws = Draws(
-            warmup=jax.random.normal(warmup_key, losses.shape, dtype),
-            action=jax.random.normal(action_key, losses.shape, dtype),
-            updates=lambda i, size: sac.draw_update(
-                jax.random.fold_in(train_key, i), size, batch_size, num_tasks, dtype
-            ),
-        )
+        key, *keys = jax.random.split(state.key, 4)
+        draws = _draw(keys, losses, batch_size)
         balanced, state = igb_v2_step(losses, state, draws, settings, mask)
         return balanced, state._replace(key=key)
 
@@ -276,6 +243,49 @@ def igb_v2(
         return state.weights * jnp.log(base.at_least(losses, settings.floor)), state
 
     return base.loss_transformation(init, update, keeps_absent=False)
+
+
+def _check(settings, buffer_size, initial_temperature):
+    """Raises ValueError for what is outside the ranges that :func:`igb_v2` gives."""
+    agent = settings.agent
+    windows.check(settings.base_start, settings.base_steps)
+    checks.number("warmup_steps", settings.warmup_steps, minimum=0, whole=True)
+    checks.number("update_after", settings.update_after, minimum=0, whole=True)
+    checks.number("update_every", settings.update_every, minimum=1, whole=True)
+    checks.number("num_updates", agent.num_updates, minimum=1, whole=True)
+    checks.number("buffer_size", buffer_size, minimum=1, whole=True, static=True)
+    checks.number("batch_size", agent.batch_size, minimum=2, whole=True, static=True)
+    checks.number("batch_size * buffer_size", agent.batch_size * buffer_size, maximum=2**30 - 1)
+    checks.number("reward_scale", settings.reward_scale, minimum=0, schedule=True)
+    for width in agent.hidden:
+        checks.number("hidden", width, minimum=1, whole=True, static=True)
+    checks.number("discount", agent.discount, minimum=0, maximum=1)
+    checks.number("polyak", agent.polyak, minimum=0, maximum=1)
+    checks.number("initial_temperature", initial_temperature, minimum=0, exclusive=True)
+    checks.number("clip", settings.clip, minimum=0, exclusive=True)
+    checks.number("floor", settings.floor, minimum=0, exclusive=True)
+    checks.number("residual", agent.residual, minimum=0, optional=True)
+    if settings.units not in ("losses", "base"):
+        raise ValueError(f'units must be "losses" or "base"; got {settings.units!r}.')
+    if settings.action not in ("sample", "mean"):
+        raise ValueError(f'action must be "sample" or "mean"; got {settings.action!r}.')
+    if agent.residual is not None and settings.units != "base":
+        raise ValueError('a residual changes the logits l / l^b: give units="base" as well.')
+    if agent.log_prob not in ("official", "gaussian"):
+        raise ValueError(f'log_prob must be "official" or "gaussian"; got {agent.log_prob!r}.')
+
+
+def _draw(keys, losses, batch_size):
+    """Returns the randomness of one update, from three keys."""
+    warmup, action, updates = keys
+    shape, dtype = losses.shape, losses.dtype
+    return Draws(
+        warmup=jax.random.normal(warmup, shape, dtype),
+        action=jax.random.normal(action, shape, dtype),
+        updates=lambda i, size: sac.draw_update(
+            jax.random.fold_in(updates, i), size, batch_size, *shape, dtype
+        ),
+    )
 
 
 def igb_v2_step(

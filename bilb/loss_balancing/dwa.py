@@ -99,6 +99,21 @@ def dwa(
     if sum_to not in ("one", "tasks"):
         raise ValueError(f'sum_to must be "one" or "tasks"; got {sum_to!r}.')
 
+    observe = _observe_sliding if sliding else _observe
+
+    def init(num_tasks, dtype):
+        weights = jnp.full(num_tasks, 1.0 if sum_to == "tasks" else 1.0 / num_tasks, dtype)
+        return (_start_sliding if sliding else _start)(weights, window)
+
+    def update(losses, state, *, mask, **_):
+        later, earlier, known, state = observe(state, losses, base.usable(losses, mask), window)
+        ratio = jnp.where(known & (earlier != 0), later / jnp.where(earlier == 0, 1, earlier), 1.0)
+        total = base.num_present(losses, mask) if sum_to == "tasks" else 1
+        smoothing = base.at_step(temperature, state.step)
+        weights = total * joint.smooth_maximum(ratio, smoothing, mask)[1]
+        step = optax.safe_increment(state.step)
+        return weights * weighed(losses), state._replace(step=step, weights=weights)
+
     def weighed(losses):
         if transform is None:
             return losses
@@ -106,64 +121,59 @@ def dwa(
         checks.shape(values, losses.shape, "transform must return an entry per task.")
         return values
 
-    def initial_weights(num_tasks, dtype):
-        return jnp.full(num_tasks, 1.0 if sum_to == "tasks" else 1.0 / num_tasks, dtype)
+    return base.loss_transformation(init, update)
 
-    def weigh(later, earlier, known, step, losses, mask):
-        ratio = jnp.where(known & (earlier != 0), later / jnp.where(earlier == 0, 1, earlier), 1.0)
-        total = base.num_present(losses, mask) if sum_to == "tasks" else 1
-        return total * joint.smooth_maximum(ratio, base.at_step(temperature, step), mask)[1]
 
-    def init(num_tasks, dtype):
-        zeros = lambda dtype=dtype: jnp.zeros(num_tasks, dtype)
-        return DWAState(
-            step=base.new_step(),
-            weights=initial_weights(num_tasks, dtype),
-            window_index=zeros(jnp.int32),
-            count=zeros(jnp.int32),
-            running_mean=zeros(),
-            last_mean=zeros(),
-            earlier_mean=zeros(),
-        )
+def _start(weights, window):
+    """Returns the first state of windows that follow one another."""
+    del window
+    zeros = lambda dtype=weights.dtype: jnp.zeros(weights.shape, dtype)
+    return DWAState(
+        step=base.new_step(),
+        weights=weights,
+        window_index=zeros(jnp.int32),
+        count=zeros(jnp.int32),
+        running_mean=zeros(),
+        last_mean=zeros(),
+        earlier_mean=zeros(),
+    )
 
-    def update(losses, state, *, mask, **_):
-        values, usable = jax.lax.stop_gradient(losses), base.usable(losses, mask)
-        index = state.step // window
-        # The first loss of a new window closes the task's last one.
-        closes = usable & (state.window_index < index) & (state.count > 0)
-        last = jnp.where(closes, state.running_mean, state.last_mean)
-        earlier = jnp.where(closes, state.last_mean, state.earlier_mean)
-        count = jnp.where(closes, 0, state.count) + usable
-        mean = jnp.where(closes, 0, state.running_mean)
-        weights = weigh(last, earlier, True, state.step, losses, mask)
-        return weights * weighed(losses), DWAState(
-            step=optax.safe_increment(state.step),
-            weights=weights,
+
+def _observe(state, losses, usable, window):
+    """Returns the means of the last window and of that before, whether there are, and the state."""
+    values = jax.lax.stop_gradient(losses)
+    index = state.step // window
+    # The first loss of a new window closes the task's last one.
+    closes = usable & (state.window_index < index) & (state.count > 0)
+    last = jnp.where(closes, state.running_mean, state.last_mean)
+    earlier = jnp.where(closes, state.last_mean, state.earlier_mean)
+    count = jnp.where(closes, 0, state.count) + usable
+    mean = jnp.where(closes, 0, state.running_mean)
+    return (
+        last,
+        earlier,
+        True,
+        state._replace(
             window_index=jnp.where(usable, index, state.window_index),
             count=count,
             running_mean=mean + jnp.where(usable, (values - mean) / jnp.maximum(count, 1), 0),
             last_mean=last,
             earlier_mean=earlier,
-        )
+        ),
+    )
 
-    def init_sliding(num_tasks, dtype):
-        return SlidingDWAState(
-            step=base.new_step(),
-            weights=initial_weights(num_tasks, dtype),
-            recent_losses=jnp.ones((2 * window, num_tasks), dtype),
-        )
 
-    def update_sliding(losses, state, *, mask, **_):
-        values, usable = jax.lax.stop_gradient(losses), base.usable(losses, mask)
-        shifted = jnp.concatenate([state.recent_losses[1:], values[None]])
-        recent = jnp.where(usable, shifted, state.recent_losses)
-        # Divided first, as a sum of large losses may not be finite.
-        earlier, later = (recent / window).reshape(2, window, -1).sum(axis=1)
-        weights = weigh(later, earlier, state.step > window, state.step, losses, mask)
-        return weights * weighed(losses), SlidingDWAState(
-            step=optax.safe_increment(state.step), weights=weights, recent_losses=recent
-        )
+def _start_sliding(weights, window):
+    """Returns the first state of sliding windows."""
+    recent_losses = jnp.ones((2 * window, *weights.shape), weights.dtype)
+    return SlidingDWAState(base.new_step(), weights, recent_losses)
 
-    if sliding:
-        return base.loss_transformation(init_sliding, update_sliding)
-    return base.loss_transformation(init, update)
+
+def _observe_sliding(state, losses, usable, window):
+    """As :func:`_observe`, where the windows slide."""
+    values = jax.lax.stop_gradient(losses)
+    shifted = jnp.concatenate([state.recent_losses[1:], values[None]])
+    recent = jnp.where(usable, shifted, state.recent_losses)
+    # Divided first, as a sum of large losses may not be finite.
+    earlier, later = (recent / window).reshape(2, window, -1).sum(axis=1)
+    return later, earlier, state.step > window, state._replace(recent_losses=recent)

@@ -120,7 +120,8 @@ def forum(
             logits_opt_state=logits_optimizer.init(logits),
         )
 
-    def update(params, state, batch, validation_batch):
+    def constraint(params, state, batch):
+        """Returns weights, losses and ∇q in α and θ, as a unit vector and its length."""
         dtype = state.logits.dtype
         weights, softmax_pullback = jax.vjp(jax.nn.softmax, state.logits)
         f_gradient = lambda p: jacobian.linearized(task_losses, p, batch).pullback(weights)
@@ -128,11 +129,15 @@ def forum(
         descent = optax.sgd(base.at_step(inner_learning_rate, state.step))
         inner_params, _ = descend(descent, f_gradient, params, descent.init(params), inner_steps)
         inner_losses = names.stack(task_losses(inner_params, batch))
-        # The gradient of q, in α and in θ, as a unit vector and its length.
-        q_gradient = softmax_pullback((losses - inner_losses).astype(dtype))[0], pullback(weights)
-        q_norm = optax.tree.norm(q_gradient).astype(dtype)
-        safe_norm = jnp.where(q_norm == 0, 1.0, q_norm)
-        q_logits, q_params = jax.tree.map(lambda g: (g / safe_norm).astype(g.dtype), q_gradient)
+        gradient = softmax_pullback((losses - inner_losses).astype(dtype))[0], pullback(weights)
+        norm = optax.tree.norm(gradient).astype(dtype)
+        safe_norm = jnp.where(norm == 0, 1.0, norm)
+        unit = jax.tree.map(lambda g: (g / safe_norm).astype(g.dtype), gradient)
+        return weights, losses, unit, norm
+
+    def update(params, state, batch, validation_batch):
+        dtype = state.logits.dtype
+        weights, losses, (q_logits, q_params), q_norm = constraint(params, state, batch)
 
         validation = jacobian.linearized(task_losses, params, validation_batch)
         gram = grams.of_linearization(validation)

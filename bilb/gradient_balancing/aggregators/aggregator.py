@@ -61,8 +61,8 @@ def aggregator(
             return named_update_fn(task_gradients, state, params, losses, mask)
 
     def named_update_fn(task_gradients, state, params, losses, mask):
-        present = _present(task_gradients, params, mask)
-        losses = _losses(losses, present)
+        present = _present(task_gradients, params, mask, num_tasks)
+        losses = _losses(losses, present.shape, name) if reads_losses else None
         scales = jnp.ones(present.shape)
         if losses is not None:
             present &= jnp.isfinite(losses)
@@ -78,7 +78,7 @@ def aggregator(
 
         rows = jax.tree.map(row, _where(shared, task_gradients))
         gradient, new = aggregate(rows, state, present=present, losses=losses)
-        new = base.keep_absent(present, new, state, lambda k: _specification(k, rows))
+        new = base.keep_absent(present, new, state, lambda k: specification(k, rows))
         new = jax.tree.map(base.like, new, state)
         weights = scales if head_weights is None else scales * head_weights(new)
         weights = jnp.where(present, weights, 0)
@@ -90,30 +90,32 @@ def aggregator(
 
         return jax.tree.map(leaves, shared, task_gradients, gradient), new
 
-    def _present(task_gradients, params, mask):
-        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(task_gradients)]
-        count = num_tasks or next((shape[0] for shape in shapes if shape), 1)
-        jacobian.check_task_gradients(task_gradients, params, count)
-        present = jnp.ones(count, bool) if mask is None else checks.mask(mask, count)
-        for leaf in jax.tree.leaves(task_gradients):
-            present &= jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim)))
-        return present
-
-    def _losses(losses, present):
-        if not reads_losses:
-            return None
-        if losses is None:
-            raise arguments.missing("losses", name)
-        losses = jnp.asarray(names.stack(losses))
-        checks.losses(losses)
-        checks.shape(losses, present.shape, "losses must have an entry per task.")
-        return losses.astype(base.at_least_float32(losses.dtype))
-
-    def _specification(count, rows):
+    def specification(count, rows):
         one = jax.tree.map(lambda r: jax.ShapeDtypeStruct(r.shape[1:], r.dtype), rows)
         return jax.eval_shape(lambda params: init(count, params), one)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _present(task_gradients, params, mask, num_tasks):
+    """Returns (K,) bool: the tasks of the mask whose gradients are finite."""
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(task_gradients)]
+    count = num_tasks or next((shape[0] for shape in shapes if shape), 1)
+    jacobian.check_task_gradients(task_gradients, params, count)
+    present = jnp.ones(count, bool) if mask is None else checks.mask(mask, count)
+    for leaf in jax.tree.leaves(task_gradients):
+        present &= jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim)))
+    return present
+
+
+def _losses(losses, shape, name):
+    """Returns the losses, float32 at least; raises MissingArgument where there are none."""
+    if losses is None:
+        raise arguments.missing("losses", name)
+    losses = jnp.asarray(names.stack(losses))
+    checks.losses(losses)
+    checks.shape(losses, shape, "losses must have an entry per task.")
+    return losses.astype(base.at_least_float32(losses.dtype))
 
 
 def zeros(num_tasks: int, params: base.PyTree) -> base.PyTree:
