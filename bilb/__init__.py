@@ -1,54 +1,60 @@
 """Multi-task learning for JAX, written the way Optax is written.
 
 A *balancer* decides how much each of K task losses counts at a step. It is an Optax transformation
-of the vector of losses, and ``value_and_grad`` drives it with one weighted backward pass::
+of the vector of losses. ``value_and_grad`` computes what it reads and then takes one backward pass
+of the weighted sum::
 
+    task_losses = lambda params, *batch: ...                         # the K losses, stacked
     balancer = bilb.chain(bilb.log_losses(), bilb.bilb4mtl())
     value_and_grad = bilb.value_and_grad(task_losses, balancer)
     state = value_and_grad.init(params, *batch)
     losses, grads, state = value_and_grad(params, state, *batch)     # grads go to any optimiser
 
-``help`` of each name says formula, arguments with shapes and defaults, errors, an example and the
-source.
+``losses`` are those of ``task_losses``, and ``state.effective_weights`` the weights that they got.
+A task that is absent from a batch: ``value_and_grad(params, state, *batch, mask=mask)``. ``help``
+of each name says formula, arguments with shapes and defaults, errors, an example and the source.
 
 Drivers
     value_and_grad                  weighs the losses before one backward pass
     representation_value_and_grad   the same, task gradients taken at a shared representation
-    aggregate_by                    weighs task gradients, first link of an optimiser's chain
-    task_gradients, linearize       the derivatives by hand
+    aggregate_by                    weighs task gradients, as the first link of an optimiser's chain
+    task_gradients, linearize       the derivatives alone, for a loop of your own
     names                           losses in a dict: what is given and returned by task name
 
 Normalisations, links in front of a method; chain joins links
     log_losses, power_losses, divide_by, scale_by_initial_loss, scale_by_initial_ratio,
-    log_scale_by_initial_loss, pmean_losses; skip_nonfinite wraps a method
+    log_scale_by_initial_loss, pmean_losses
+    skip_nonfinite                  wraps a balancer: a loss that is not finite counts as absent
 
-Rung 1, methods that read the losses: no extra cost
+The methods by what they read, the cheapest first. Rung 1, the losses: no extra cost
     bilb4mtl (with routers, discrepancies), igb_v1, igb_v2, linear_scalarization, rlw, dwa,
     uncertainty_weighting, imtl_l, geometric_mean, stch, stch_nadir, pbi, cosmos, softadapt,
     relobralo, self_adaptive
 
-Rung 2, losses and their slopes along the step: one forward pass
-    marigold (with lower_levels, adagrad_norm; how: slopes), famo
+Rung 2, also how the losses change along the step: one forward pass more
+    marigold (with lower_levels, adagrad_norm; slopes has the ways to take them), famo (for which
+    value_and_grad.after is called after the optimiser's step)
 
-Rung 3, the Gram matrix of the task gradients, or their norms: K backward passes, or an estimate
-for one forward pass (how: grams)
+Rung 3, the Gram matrix of the task gradients, or their norms: K backward passes, or one forward
+pass for an estimate (grams has the ways to take it)
     mgda, upgrad, dualproj, cagrad, nash_mtl, fairgrad, pcgrad, gradvac, imtl_g, aligned_mtl,
-    config, sdmgrad, modo, pcd, krum, gradnorm, lr_annealing, db_pinn, ntk_weights (how:
-    curvatures); cr_mogm smooths the weights of any method
+    config (ConFIG, the method), sdmgrad, modo, pcd, krum, gradnorm, lr_annealing, db_pinn,
+    ntk_weights (reads curvatures); cr_mogm smooths the weights of any method
 
-Rung 4, the task gradients themselves: first link of an optimiser's chain
+Rung 4, the task gradients themselves: first link of an optimiser's chain, as aggregate_by
     graddrop, moco, db_mtl, excess_mtl, trimmed_mean
 
 Whole training steps, which evaluate the model themselves (TrainingStep)
     bilb4mtl_double_loop; with validation data auto_lambda, moml, forum
 
-Beside them
+Also
     presets                         the papers' experiments as ready chains
-    metrics, plots                  what came out of it, in numbers and figures
+    metrics, plots                  what came out of a run, in numbers and figures
     loss_transformation             a method of your own; Router, a router of your own
-    MissingArgument                 an extra argument that a method cannot work without
+    MissingArgument                 raised where a method cannot work without an argument
 
-The states are NamedTuples named after what they belong to: BiLB4MTLState, ValueAndGradState, ...
+The states are NamedTuples named after what they belong to (BiLB4MTLState, ValueAndGradState), or
+after what several methods share (GramState).
 """
 
 from bilb import curvatures as curvatures

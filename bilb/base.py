@@ -1,9 +1,21 @@
-"""The vocabulary of the library: the contract that every method shares.
+"""The contract that every method keeps, and what methods share.
 
-A *loss transformation* is an :class:`optax.GradientTransformationExtraArgs` whose updates are the
-stacked task losses: ``balanced, state = update(losses, state)``, shape ``(K,)`` in and out. The sum
-of the balanced losses is the objective of the method, so ``jax.grad`` of that sum with respect to
-the losses gives the effective task weights.
+A *loss transformation* (a *method* where it comes from a paper, a *link* inside a chain, a
+*balancer* where a driver takes one) is an :class:`optax.GradientTransformationExtraArgs` whose
+updates are the stacked task losses: ``state = init(losses)``, which looks at their shape and dtype
+alone, and ``balanced, state = update(losses, state)``, shape ``(K,)`` in and out. The sum of the
+balanced losses is the objective of the method, so ``jax.grad`` of that sum with respect to the
+losses gives the effective task weights. What they sum to is the method's own affair.
+
+:func:`bilb.value_and_grad` drives it; by hand a step is::
+
+    def objective(params):
+        balanced, new_state = balancer.update(task_losses(params), state)
+        return balanced.sum(), new_state
+    grads, state = jax.grad(objective, has_aux=True)(params)
+
+In ``bilb.chain(a, b)`` the losses go through a and then through b. What is known about them, such
+as slopes or a Gram matrix, is given for the losses that a gets, and translated for b.
 
 A method states its formula as two functions, ``init(num_tasks, dtype) -> state`` and
 ``update(losses, state, *, mask, **extra) -> (balanced, state)``; :func:`loss_transformation` adds
@@ -35,8 +47,8 @@ class TrainingStep(NamedTuple):
 
     Attributes:
         init: ``state = init(params, *args)``.
-        update: ``params, state, losses = update(params, state, *args)``, with the losses before
-            the step, as ``task_losses`` returns them.
+        update: ``params, state, losses = update(params, state, *args)``, with the losses at the
+            parameters before the step, as ``task_losses`` returns them.
     """
 
     init: Callable[..., PyTree]
@@ -55,40 +67,48 @@ def loss_transformation(
 
     What ``update`` returns may depend on the losses' values in any way, but entry k of
     ``balanced`` must carry the gradient of task k alone: put what a formula holds constant under
-    ``jax.lax.stop_gradient``.
+    ``jax.lax.stop_gradient``. A chain translates slopes and Gram matrices by those K derivatives.
+
+    A loss that is not finite is passed on as it is: :func:`bilb.skip_nonfinite` guards a method.
 
     Args:
         init: ``(num_tasks, dtype) -> state``; ``dtype`` is the losses' dtype, float32 at least.
         update: ``(losses, state, *, mask, **extra) -> (balanced, state)`` on losses of that dtype.
-            ``mask`` is None or (K,) bool; the loss of an absent task arrives as 1. It may leave out
-            ``mask`` (then a mask is an error) and ``**extra``. A keyword-only argument without
-            default is one that the method cannot work without: the drivers are asked for it, and
-            a call that lacks it is a :class:`MissingArgument`.
-        reads: the extra arguments that speak of the losses as this link sees them: "slopes",
-            "losses_after", "gradient_norms", "gram", "gram_fn", "slope_fn", "curvatures",
-            "curvature_fn", or a name of your own for an array with a leading task axis. They arrive
-            checked, in the dtype of the losses, constant in the derivative, with zeros for absent
-            tasks. A task whose entry (whose row and column of ``gram``) is not finite is an absent
-            task. "slopes" and "losses_after" tell of the previous call instead: a method that asks
-            for ``taught`` as well gets (K,) bool, the tasks that they tell of: finite, and present
-            in that call if the state has fields ``step`` and ``present`` (K,) bool that say so.
-            Keyword-only arguments without default that have one of those names are added to
-            ``reads``.
+            ``mask`` is None or (K,) bool; the loss of an absent task arrives as 1, which does no
+            harm under a logarithm or in a quotient. ``update`` may have no ``mask`` (then a mask is
+            an error) and no ``**extra``. A keyword-only argument without default is one that the
+            method cannot work without: a driver that can compute it does, and a call that lacks it
+            is a :class:`bilb.MissingArgument`.
+        reads: which extra arguments speak of the losses, as this link gets them; the chain
+            translates them past the links in front. Keyword-only arguments without default that
+            have one of these names are among them anyway. ``slopes`` (K,), the derivatives of the
+            losses along the previous step; ``losses_after`` (K,), the previous batch's losses after
+            that step; ``gradient_norms`` (K,); ``gram`` (K, K), the products of the task gradients;
+            ``curvatures`` (K,); ``slope_fn``, ``(K,) weights -> (K,) slopes`` at the current
+            parameters; ``gram_fn`` and ``curvature_fn``, functions of nothing, for methods that
+            need them at some steps only; or a name of your own for an array with a leading task
+            axis. They arrive checked, in the dtype of the losses, without gradient, with zeros for
+            absent tasks. A task whose entry (whose row and column of ``gram``) is not finite is an
+            absent task. ``slopes`` and ``losses_after`` tell of the previous call: a method that
+            takes ``taught`` as well gets (K,) bool, the tasks that they tell of: those whose entry
+            is finite and which were present then by the state's field ``present`` (by this call's
+            mask where there is none), and at the first call, by the state's field ``step``, none.
         keeps_absent: whether to restore the state entries of absent tasks after ``update``. A
-            method that has per-task shapes in what tasks share (a network, a buffer) gives False
-            and calls ``bilb.base.keep_absent`` on the rest itself.
+            method whose absent tasks still learn from the previous call, or that has per-task
+            shapes in what tasks share (a network, a buffer), gives False and calls
+            ``bilb.base.learn_where`` or ``bilb.base.keep_absent`` itself.
         name: of the method, for error messages; that of the function around ``update`` if None.
 
     Returns:
         A transformation that checks shapes and dtypes, preserves the dtype of the losses and of
         every state leaf, ignores unknown extra arguments, refuses those that speak of the losses
-        and that it does not read (the links of :func:`bilb.chain` get them translated), and with
-        a mask returns 0 for absent tasks and leaves their entries of the state as they were.
+        and that it does not read (the links of :func:`bilb.chain` get their own), and with a mask
+        returns 0 for absent tasks and leaves their entries of the state as they were.
 
     Example:
         Weights by inverse gradient norms, averaged over time:
 
-        >>> import jax, jax.numpy as jnp, typing, bilb
+        >>> import jax, jax.numpy as jnp, optax, typing, bilb
         >>> class InverseNormState(typing.NamedTuple):
         ...     weights: jax.Array  # (K,)
         >>> def inverse_norms(decay):
@@ -120,6 +140,7 @@ def loss_transformation(
         del params
         num_tasks, loss_dtype = checks.losses(losses)
         dtype = at_least_float32(loss_dtype)
+        # A driver listens here, and can so tell a mistyped keyword.
         arguments.note(("mask", *keywords.reads, *(keywords.named - _OWN)))
         checks.state(state, specification(num_tasks, dtype), num_tasks, name)
         for needed in (*keywords.reads, *keywords.required):
@@ -131,6 +152,7 @@ def loss_transformation(
             mask = checks.mask(mask, num_tasks)
             if not keywords.takes("mask"):
                 raise TypeError(f"{name} takes no mask: give its update the keyword `mask`.")
+        # A task with a statistic that is not finite leaves the mask here.
         mask, given = _read(keywords.reads, extra, mask, state, num_tasks, dtype)
         if mask is not None:
             # The inner `where` keeps an absent task's NaN out of the method's derivatives too.
@@ -172,6 +194,7 @@ def _keywords(update, reads):
     for read in reads:
         if read in ("mask", "features", "losses"):
             raise ValueError(f"reads: `{read}` does not speak of the losses; take it as a keyword.")
+        # A new name is known to all chains and drivers of the process from now on.
         own = arguments.Argument(
             1, False, "an array with a leading task axis (K, ...).", exact=False
         )
@@ -217,9 +240,9 @@ def keep_absent(
 ) -> PyTree:
     """Returns ``new`` with the entries of absent tasks as they were in ``old``.
 
-    An axis belongs to the tasks if it changes with K; an entry is a present task's if it is so
-    along all such axes. A state that cannot be initialised for another K (it holds constants per
-    task) tells nothing that way; there, an axis of length K counts.
+    A task axis is one whose length changes with K. An entry is new if its task is present along all
+    of them. Where the state cannot be initialised for another K (it holds constants per task),
+    every axis of length K is a task axis.
 
     Args:
         mask: (K,) bool, the tasks that are present.
@@ -253,7 +276,9 @@ def keep_absent(
 def learn_where(
     taught: Array, new: PyTree, old: PyTree, specification: Callable[[int], PyTree]
 ) -> PyTree:
-    """Returns ``new`` for the tasks that were taught, and all of ``old`` where none was.
+    """Returns ``new`` for the tasks that were taught, ``old`` for the others.
+
+    Where none was taught, all of ``old``, what tasks share included.
 
     Args:
         taught: (K,) bool.
@@ -280,10 +305,10 @@ def split_over_tasks(
 ) -> tuple[Array, Array]:
     """Splits the value f(l) of a scalar objective into an entry per task.
 
-    Entry k is ``l_k · sg(∂f/∂l_k)``, so that it carries task k's gradient, plus a constant under
-    ``stop_gradient`` that makes the sum over the present tasks equal f. Where finite losses
-    have an entry beyond the dtype's largest number, f is split equally, and an f beyond it counts
-    as that number; the gradient is right all the same.
+    Entry k is ``l_k · stop_gradient(∂f/∂l_k)``, so that it carries task k's gradient, plus a
+    constant that makes the sum over the present tasks equal f. Where an entry of finite losses is
+    beyond the dtype's largest number, f is split equally, and an f beyond it counts as that number;
+    the gradient is right all the same.
 
     Args:
         value: f(l), scalar.
@@ -297,7 +322,7 @@ def split_over_tasks(
     value, weights, constant = jax.lax.stop_gradient((value, weights, losses))
     count = num_present(losses, mask)
     by_task = weights * constant
-    # Each is divided before they are added up, so that no sum is larger than its parts.
+    # Divided before they are added up, so that the sum cannot overflow.
     entries = by_task + (value / count - jnp.sum(by_task / count, where=mask))
     fits = jnp.all(jnp.isfinite(entries), where=mask) | ~jnp.all(jnp.isfinite(losses))
     largest = jnp.finfo(losses.dtype).max
@@ -336,7 +361,7 @@ def usable(losses: Array, mask: Array | None) -> Array:
 def at_least(losses: Array, floor: Any) -> Array:
     """Returns ``max(losses, floor)``; NaN stays NaN.
 
-    Unlike ``jnp.maximum`` it passes the whole gradient above the floor and none at it.
+    At the floor it passes no gradient, where ``jnp.maximum`` passes half.
     """
     return jnp.where(losses > floor, losses, jnp.where(jnp.isnan(losses), losses, floor))
 

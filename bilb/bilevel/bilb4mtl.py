@@ -1,13 +1,15 @@
-"""BiLB4MTL (LDC-MTL), arXiv 2502.08585: balance the losses by a bilevel problem.
+"""BiLB4MTL (LDC-MTL), arXiv 2502.08585: loss balancing as a bilevel problem.
 
-With normalised losses v, router weights σ(W) and weighted losses u = σ(W) v:
+With normalised losses v (K,), a router's weights σ(W) (K,), by default sigmoids of its parameters,
+and weighted losses u = σ(W) v, elementwise:
 
 * upper level, the loss discrepancy:   ``f(W, x) = Σ_k |u_k - u_{k+1}|``
 * lower level, the scalarised loss:    ``g(W, x) = Σ_k u_k``
 * ``min_W f(W, x*(W))`` subject to ``x*(W) = argmin_x g(W, x)``
 
-The single-loop algorithm takes one joint gradient step on ``Φ(W, x) = g / s + λ f``: the model
-moves along ∂Φ/∂x, the router along ∂Φ/∂W, both at the same point, with one backward pass.
+The lower level becomes a penalty, ``f + (g - min_x g) / λ``, whose minimum the single loop drops.
+That leaves one joint gradient step on ``Φ(W, x) = g / s + λ f``, with s = 1 or a sum of weights:
+the model moves along ∂Φ/∂x, the router along ∂Φ/∂W, both at the same point, with one backward pass.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ class BiLB4MTLState(NamedTuple):
 
     step: jax.Array  # () int32
     router: base.PyTree  # the router's parameters W
-    weights: jax.Array  # (K,) the weights σ(W) just used, before the divisor; 1 at first
+    weights: jax.Array  # (K,) the weights σ(W) just used, not divided by s; 1 at first
     opt_state: optax.OptState  # of the router's optimiser
 
 
@@ -51,26 +53,27 @@ def bilb4mtl(
 
     where v are the losses that arrive, usually through a normalisation in front:
     ``bilb.chain(bilb.log_scale_by_initial_loss(every=steps_per_epoch), bilb.bilb4mtl())``.
-    Task k's entry of the balanced losses is ``u_k (1 / s + λ ∂f/∂u_k)`` with the derivative held
-    constant, plus a constant without gradient that makes the sum Φ. The settings of the paper's
-    four experiments are in ``bilb.presets``.
+    and s = 1 unless ``divisor`` is given. Task k's entry of the balanced losses is
+    ``u_k (1 / s + λ ∂f/∂u_k)`` with the derivative held constant (``u_k / s + λ v_k ∂f/∂v_k``
+    without ``weighted``), plus a constant without gradient that makes the sum Φ. The settings of
+    the paper's four experiments are in ``bilb.presets``.
 
-    A negative loss is legitimate (logarithms are), and so is any finite one: what is beyond the
-    dtype's largest number counts as that number. A non-finite one makes the entries and the
-    router parameters that its gaps touch useless, most of them NaN: wrap in
-    :func:`bilb.skip_nonfinite`.
+    Any finite loss will do, a negative one too (logarithms are); a Φ beyond the dtype's largest
+    number counts as that number. A loss that is not finite spoils its own entry, those that it is
+    compared with, and their router parameters for good: wrap in :func:`bilb.skip_nonfinite`.
 
     Args:
-        penalty: λ >= 0, weight of the discrepancy; a number, a traced scalar or a schedule of the
-            state's ``step``. The inverse of the paper's λ. The discrepancy is a sum over K - 1
+        penalty: λ >= 0, weight of the discrepancy, the reciprocal of the paper's λ; a number, a
+            traced scalar or a schedule of the state's ``step``. The discrepancy is a sum over K - 1
             gaps, so values above about 0.1 can overwhelm the losses; with its mean
             (``functools.partial(bilb.discrepancies.adjacent, mean=True)``) the penalty λ (K - 1)
             gives the same objective. 0 is the ablation without an upper level.
         router: the weights σ(W); ``bilb.routers.sigmoid()`` if None. Routers that read
-            ``features`` need them in ``update(..., features=...)``, and Φ is differentiated
-            through them.
+            ``features`` need them in ``update(..., features=...)``, from
+            ``bilb.value_and_grad(..., features=)`` for one; Φ's gradient flows into them too.
         discrepancy: ``u (K,) -> scalar``, one of ``bilb.discrepancies`` or your own; it needs a
-            ``where`` keyword only if masks are used. ``bilb.discrepancies.adjacent`` if None.
+            ``where`` keyword only if masks are used. ``bilb.discrepancies.adjacent`` if None,
+            which depends on the order of the tasks.
         weighted: whether f compares the weighted losses u (default) or the losses v (then W does
             not enter f, as in the official Cityscapes code).
         divisor: s = 1 (None), the sum of the weights ("sum"), or that sum held constant
@@ -107,8 +110,9 @@ def bilb4mtl(
     router = routers.sigmoid() if router is None else router
     discrepancy = discrepancies.adjacent if discrepancy is None else discrepancy
     balance = balanced_losses(router, discrepancy, weighted=weighted, divisor=divisor)
-    given = routers.Router(router.init, apply=lambda weights, _: weights)
-    balance_by = balanced_losses(given, discrepancy, weighted=weighted, divisor=divisor)
+    # The same with the weights themselves as parameters, for ∂Φ/∂weights.
+    as_given = routers.Router(router.init, apply=lambda weights, _: weights)
+    balance_with = balanced_losses(as_given, discrepancy, weighted=weighted, divisor=divisor)
 
     def init(num_tasks, dtype):
         parameters = router.init(num_tasks, dtype)
@@ -126,13 +130,13 @@ def bilb4mtl(
         constants = jax.lax.stop_gradient((losses, features))
 
         def objective(weights):
-            return balance_by(weights, *constants, mask, current)[0].sum()
+            return balance_with(weights, *constants, mask, current)[0].sum()
 
-        constant_weights, pullback = jax.vjp(
+        router_weights, pullback = jax.vjp(
             lambda parameters: router.apply(parameters, constants[1]), state.router
         )
         # Bounded before the router adds them up, where inf - inf would be NaN for ever.
-        by_weights = base.bounded_gradient(jax.grad(objective)(constant_weights))
+        by_weights = base.bounded_gradient(jax.grad(objective)(router_weights))
         gradient = base.bounded_gradient(pullback(by_weights)[0])
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.router)
         return balanced, BiLB4MTLState(

@@ -38,7 +38,7 @@ def dual_cone_weighting(
 
     def weigh(gram, memory, step):
         ridge, smallest = base.at_step(reg_eps, step), base.at_step(norm_eps, step)
-        hessian = solvers.dual_cone_hessian(gram.matrix, gram.size, ridge, smallest)
+        hessian = solvers.dual_cone_hessian(gram.matrix, gram.scale, ridge, smallest)
         mean = preference_of(preference, gram.present, hessian.dtype)
         return formula(hessian, mean, gram.present), memory
 

@@ -61,7 +61,7 @@ def fairgrad(
         order = base.at_step(alpha, step)
         weights = solvers.fair_weights(gram.matrix, order, gram.present)
         # w is homogeneous in G, so that the solver can work on the scaled one.
-        weights = weights * gram.size ** (-2 * order / (1 + order))
+        weights = weights * gram.scale ** (-2 * order / (1 + order))
         return jnp.minimum(weights, jnp.finfo(weights.dtype).max), memory
 
     return gram_weighting("fairgrad", weigh, decay=decay)

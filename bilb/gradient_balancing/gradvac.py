@@ -105,7 +105,7 @@ def vaccinate(
         beta: β.
         eps: added to the denominators, in units of the gradients.
     """
-    matrix, eps = gram.matrix, eps / gram.size
+    matrix, eps = gram.matrix, eps / gram.scale
     num_tasks = matrix.shape[0]
     tasks, norms = jnp.arange(num_tasks), jnp.sqrt(jnp.maximum(jnp.diagonal(matrix), 0.0))
     epsilon = float(jnp.finfo(matrix.dtype).eps)
@@ -120,7 +120,7 @@ def vaccinate(
         usable = (square > 0) & (left > noise) & (norm_other > 0)
         norm = jnp.sqrt(jnp.where(usable, square, 1.0))
         norm_other = jnp.where(usable, norm_other, 1.0)
-        cosine = products[tasks, others] / (norm * norm_other + eps / gram.size)
+        cosine = products[tasks, others] / (norm * norm_other + eps / gram.scale)
         cosine = jnp.clip(cosine, -1.0, 1.0)
         of_target = jnp.maximum(sine(target), epsilon**0.5)
         step = norm * (target * sine(cosine) - cosine * of_target) / (norm_other * of_target + eps)

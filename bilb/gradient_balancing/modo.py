@@ -59,7 +59,7 @@ def modo(
 
     def weigh(gram, memory, step):
         lam = onto_simplex(memory, gram.present)
-        gradient = gram.size**2 * (gram.matrix @ lam) + base.at_step(rho, step) * lam
+        gradient = gram.scale**2 * (gram.matrix @ lam) + base.at_step(rho, step) * lam
         gradient = base.bounded_gradient(gradient)
         lam = onto_simplex(lam - base.at_step(gamma, step) * gradient, gram.present)
         return lam, lam

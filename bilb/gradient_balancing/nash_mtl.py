@@ -1,4 +1,4 @@
-"""Nash-MTL: the bargaining solution, in which all tasks gain the same relative amount."""
+"""Nash-MTL, arXiv 2202.01017: the bargaining solution, ``w_k g_kᵀ d = 1`` for all tasks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def nash_mtl(
 ) -> optax.GradientTransformationExtraArgs:
     """Nash's bargaining solution: independent of the losses' scales.
 
-    ``G w = 1 / w`` elementwise, ``w > 0``: the direction ``Jᵀ w`` maximises ``Σ_i log g_iᵀ d`` on a
-    ball.
+    ``G w = 1 / w`` elementwise, ``w > 0``, with the Gram matrix ``G = J Jᵀ`` (the paper's ``GᵀG``):
+    the direction ``d = Jᵀ w`` maximises ``Σ_k log g_kᵀ d`` on a ball.
 
     ``update`` needs the extra argument ``gram`` (K, K), or ``gram_fn`` with ``every > 1``, which
-    :func:`bilb.value_and_grad` and :func:`bilb.aggregate_by` supply. ``w_k`` is about
-    ``1 / ‖g_k‖``, and ``‖Jᵀ w‖² = K``.
+    :func:`bilb.value_and_grad` and :func:`bilb.aggregate_by` supply. ``w_k`` is
+    ``1 / ‖g_k‖`` for orthogonal gradients, and ``‖Jᵀ w‖² = K``.
 
     ``G w = 1 / w`` is solved to rounding by damped Newton steps. The official code solves it by 20
     steps of a concave-convex procedure to about 1e-6 where it works, keeps its last weights where
@@ -63,11 +63,12 @@ def nash_mtl(
     checks.number("every", every, minimum=1, whole=True, static=True)
 
     def weigh(gram, memory, step):
+        # FairGrad's equation, G w = w^(-1/α), at α = 1.
         weights = solvers.fair_weights(gram.matrix, 1.0, gram.present)
         if max_norm is not None:
-            number = jnp.sum(weights > 0)
-            longest = jnp.sqrt(jnp.maximum(number, 1).astype(weights.dtype))
-            weights = weights * jnp.minimum(1.0, base.at_step(max_norm, step) / longest)
-        return weights / gram.size, memory
+            bargaining = jnp.maximum(jnp.sum(weights > 0), 1)
+            norm = jnp.sqrt(bargaining.astype(weights.dtype))  # ‖Jᵀ w‖
+            weights = weights * jnp.minimum(1.0, base.at_step(max_norm, step) / norm)
+        return weights / gram.scale, memory
 
     return gram_weighting("nash_mtl", weigh, decay=decay, every=every)

@@ -95,10 +95,10 @@ def pcd(
         first = names.index("primary", primary, num_tasks)
         norms, directions = cosines(gram.matrix)
         old = base.at_step(beta, step)
-        squared = old * memory.squared_norms + (1 - old) * (gram.size * norms) ** 2
+        squared = old * memory.squared_norms + (1 - old) * (gram.scale * norms) ** 2
         total = old * memory.total + (1 - old)
         usual = jnp.sqrt(squared / total + base.at_step(eps, step))
-        lengths = jnp.where(usual > 0, gram.size * norms / jnp.where(usual > 0, usual, 1.0), 0.0)
+        lengths = jnp.where(usual > 0, gram.scale * norms / jnp.where(usual > 0, usual, 1.0), 0.0)
 
         others = (norms > 0) & (jnp.arange(num_tasks) != first)
         share = checks.per_task("tau", tau, num_tasks).astype(dtype) * lengths

@@ -90,7 +90,7 @@ def sdmgrad(
             w = solvers.min_norm_weights(shifted, present)
         else:
             scale = jnp.sum(jnp.sqrt(jnp.maximum(jnp.diagonal(gram.matrix), 0.0)) * mean)
-            divisor = scale**2 + at_step(eps) / gram.size**2
+            divisor = scale**2 + at_step(eps) / gram.scale**2
             product = gram.matrix / jnp.where(divisor > 0, divisor, 1.0)
             start = onto_simplex(memory, present)
             w = descend(

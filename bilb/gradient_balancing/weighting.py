@@ -19,10 +19,10 @@ from bilb.gradient_balancing import running_mean
 
 
 class Gram(NamedTuple):
-    """A Gram matrix of task gradients in a form fit for solvers: ``J Jᵀ = size² · matrix``."""
+    """A Gram matrix of task gradients in a form fit for solvers: ``J Jᵀ = scale² · matrix``."""
 
     matrix: jax.Array  # (K, K) symmetric, largest entry 1 (0 if all gradients are zero)
-    size: jax.Array  # () the norm of the longest row of J, 1 if all are zero
+    scale: jax.Array  # () the norm of the longest row of J, 1 if all are zero
     present: jax.Array  # (K,) bool; the rows and columns of the other tasks are zero
 
 
