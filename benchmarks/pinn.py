@@ -13,8 +13,9 @@ with the learning rate.
 
 A method may come with a way to take Gram matrices and the decay of their running mean,
 ``root+nash_mtl:sketch:0.999``, and marigold_pinn with the learning rate and the bound of its
-logits, ``marigold_pinn@logit_rate=0.1@max_logit=4``. Those of jinns, such as ``jinns.soft_adapt``,
-are run if named; see pinn_jinns.py. Every run is one line of pinn.jsonl as soon as it is done, and
+logits, ``marigold_pinn@logit_rate=0.1@logit_alpha=0.01@max_logit=4``, with alpha the rate's share
+that a cosine ends at. Those of jinns, such as ``jinns.soft_adapt``, are run if named; see
+pinn_jinns.py. Every run is one line of pinn.jsonl as soon as it is done, and
 is not repeated: an interrupted benchmark goes on where it stopped, and more seeds, methods or
 learning rates add to what is there. The most telling methods come first, each on all problems.
 
@@ -87,17 +88,20 @@ METHODS = (
 #: jinns' own schemes, in the table where they were run.
 JINNS = tuple(f"jinns.{n}" for n in ("soft_adapt", "ReLoBRaLo", "lr_annealing", "prior_loss"))
 #: Named like methods they stand for their members: the power of the losses, the decay of the Gram
-#: matrix's running mean, how many random directions sketch it, and marigold_pinn's own two numbers.
+#: matrix's running mean, how many random directions sketch it, and marigold_pinn's own numbers.
 STUDIES = {
     "exponents": tuple(f"{p}marigold_nash" for p in ("", "root+", "quarter+", "log+")),
     "decays": tuple(f"root+nash_mtl:sketch:{d}" for d in (0.9, 0.99, 0.999, 0.9999)),
     "probes": tuple(f"root+nash_mtl:{g}:0.999" for g in ("sketch", "sketch_4", "stacked")),
     "rates": tuple(f"marigold_pinn@logit_rate={r}" for r in (0.005, 0.01, 0.05, 0.1)),
+    "decaying_rates": tuple(
+        f"marigold_pinn@logit_rate={rate}@logit_alpha=0.01" for rate in (0.025, 0.05, 0.1, 0.2)
+    ),
     "bounds": tuple(f"marigold_pinn@max_logit={bound}" for bound in (2, 4, 10)),
 }
 #: Of 2, 5, 3 and 4 losses.
 PROBLEMS = ("poisson", "helmholtz", "burgers_viscous", "wave_slow")
-FIELDS = {"logit_rate": float, "max_logit": float}
+FIELDS = {"logit_rate": float, "logit_alpha": float, "max_logit": float}
 BASELINE = "constant"
 TITLE = "# Physics-informed networks"
 HIDDEN = (32, 32, 32)

@@ -41,8 +41,9 @@ class Settings:
     steps_per_epoch: int = dataclasses.field(metadata={"static": True})
     temperature: float | Array = 2.0  # of dwa
     gamma: float | Array = 1e-3  # the decay of famo's logits
-    logit_rate: float | Array = 0.025  # of Adam for the logits of marigold_pinn, and their bound
-    max_logit: float | Array = 6.0
+    logit_rate: float | Array = 0.025  # of Adam for the logits of marigold_pinn
+    logit_alpha: float | Array = 1.0  # what is left of that rate in the end, along a cosine
+    max_logit: float | Array = 6.0  # their bound
     decay: float | Array = 0.0  # of the running mean of the Gram matrix
     gram: str = dataclasses.field(default="exact", metadata={"static": True})  # of GRAMS
 
@@ -113,7 +114,10 @@ METHODS: dict[str, Factory] = {
     "db_pinn": lambda s: bilb.db_pinn(every=s.steps_per_epoch),
     "ntk_weights": lambda s: bilb.ntk_weights(every=s.steps_per_epoch),
     "marigold_pinn": lambda s: bilb.presets.marigold_pinn(
-        optimizer=optax.adam(s.logit_rate), max_logit=s.max_logit
+        optimizer=optax.adam(
+            optax.cosine_decay_schedule(s.logit_rate, s.steps, alpha=s.logit_alpha)
+        ),
+        max_logit=s.max_logit,
     ),
     "nash_pinn": lambda s: bilb.presets.nash_pinn(),
 }
