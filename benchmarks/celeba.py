@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,10 +127,6 @@ def task_losses(logits: jax.Array, batch: Any) -> jax.Array:
     return optax.sigmoid_binary_cross_entropy(logits, batch["labels"]).mean(0)
 
 
-class LayoutError(Exception):
-    """The folder of the data does not look as it should; says how it should."""
-
-
 class Faces(NamedTuple):
     """Names of images and their labels."""
 
@@ -143,9 +138,9 @@ def read_lists(root: Path) -> dict[str, Faces]:
     """Returns names and labels of each part.
 
     Raises:
-        LayoutError: if something is missing or the two lists disagree.
+        epochs.LayoutError: if something is missing or the two lists disagree.
     """
-    complain = lambda what: LayoutError(f"{what}\n{DOWNLOAD}")
+    complain = lambda what: epochs.LayoutError(f"{what}\n{DOWNLOAD}")
     attributes = root / "Anno" / "list_attr_celeba.txt"
     partition = root / "Eval" / "list_eval_partition.txt"
     images = root / "Img" / "img_align_celeba"
@@ -222,13 +217,10 @@ def train(
 
     def epoch(number, state):
         carry, history, seconds = state
-        start = time.perf_counter()
         rate = options.learning_rate * options.decay ** ((number - 1) // 3)
-        carry = epochs.with_rate(carry, rate)
-        for batch in draw("train", np.random.default_rng((seed, number)).permutation(images)):
-            carry = trainer.step(carry, batch)
-        jax.block_until_ready(carry)
-        seconds = np.asarray(seconds) + time.perf_counter() - start
+        order = np.random.default_rng((seed, number)).permutation(images)
+        carry, passed = trainer.epoch(carry, rate, draw("train", order))
+        seconds = np.asarray(seconds) + passed
         history = np.array(history)
         history[number - 1] = scores(carry, "validation"), scores(carry, "test")
         print(f"{name} seed {seed} epoch {number}: F1 {history[number - 1].mean(1)}", flush=True)
@@ -270,23 +262,13 @@ def main(options: Options) -> None:
     names = [protocol.parse(name, FIELDS)[0] for name in options.methods]
     if mistake := balancers.mistake(names, aggregators={}):
         sys.exit(f"error: {mistake}")
-    path = options.output / "runs.jsonl"
-    mine = lambda: [line for line in protocol.read(path) if line["epochs"] == options.epochs]
-    if not options.report:
-        try:
-            parts = read_lists(options.data)
-        except LayoutError as error:
-            sys.exit(f"error: {error}")
-        for seed in range(options.seeds):
-            for name in options.methods:
-                if any((x["method"], x["seed"]) == (name, seed) for x in mine()):
-                    continue
-                folder = options.output / "checkpoints" / f"{name}-{seed}"
-                protocol.append(path, [train(name, parts, options, seed, folder)])
-    text = f"# CelebA\n\n{table(mine())}"
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "table.md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    epochs.complete(
+        options,
+        "CelebA",
+        check=lambda: read_lists(options.data),
+        train=lambda name, parts, seed, folder: train(name, parts, options, seed, folder),
+        table=table,
+    )
 
 
 if __name__ == "__main__":

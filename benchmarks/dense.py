@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -94,18 +92,14 @@ class Options:
     """Folder for the runs, their checkpoints and the table."""
 
 
-class LayoutError(Exception):
-    """The folder of the data does not look as it should; says how it should."""
-
-
 def check_layout(root: Path, of: DataSet) -> dict[str, int]:
     """Returns the number of images of each part, after a look at what is there.
 
     Raises:
-        LayoutError: for a missing folder, parts of a pair that are missing, or arrays of another
-            shape; it says what to download and where to put it.
+        epochs.LayoutError: for a missing folder, parts of a pair that are missing, or arrays of
+            another shape; it says what to download and where to put it.
     """
-    complain = lambda what: LayoutError(f"{what}\n{of.download}")
+    complain = lambda what: epochs.LayoutError(f"{what}\n{of.download}")
     numbers = {}
     for part in of.parts:
         files = {}
@@ -237,9 +231,10 @@ def evaluate(
     return np.concatenate([np.asarray(values[task]) for task in of.tasks])
 
 
-def train(name: str, of: DataSet, options: Options, seed: int, folder: Path) -> protocol.Line:
+def train(
+    name: str, of: DataSet, options: Options, numbers: Mapping[str, int], seed: int, folder: Path
+) -> protocol.Line:
     """Trains a method with a seed, or goes on where it was interrupted; returns its line."""
-    numbers = check_layout(options.data, of)
     images, test_images = (numbers[part] for part in of.parts)
     trainer = make_trainer(name, of, options, -(-images // options.batch_size), seed)
     draw = lambda order, rng=None: batches(
@@ -249,13 +244,13 @@ def train(name: str, of: DataSet, options: Options, seed: int, folder: Path) -> 
 
     def epoch(number, state):
         carry, history, seconds = state
-        start = time.perf_counter()
         rng = np.random.default_rng((seed, number))
-        carry = epochs.with_rate(carry, options.learning_rate * 0.5 ** ((number - 1) // 100))
-        for batch in draw(rng.permutation(images), rng if options.augmentation else None):
-            carry = trainer.step(carry, batch)
-        jax.block_until_ready(carry)
-        seconds = np.asarray(seconds) + time.perf_counter() - start
+        rate = options.learning_rate * 0.5 ** ((number - 1) // 100)
+        order = rng.permutation(images)
+        carry, passed = trainer.epoch(
+            carry, rate, draw(order, rng if options.augmentation else None)
+        )
+        seconds = np.asarray(seconds) + passed
         history = np.array(history)
         history[number - 1] = evaluate(trainer, carry, test_images, of, options)
         shown = " ".join(f"{n} {v:.4g}" for n, v in zip(of.metrics, history[number - 1]))
@@ -306,21 +301,10 @@ def main(options: Options, of: DataSet) -> None:
     known = balancers.METHODS | {of.preset: None}
     if mistake := balancers.mistake(names, known, aggregators={}):
         sys.exit(f"error: {mistake}")
-    path = options.output / "runs.jsonl"
-    same = lambda line: line["epochs"] == options.epochs
-    mine = lambda: [line for line in protocol.read(path) if same(line)]
-    if not options.report:
-        try:
-            check_layout(options.data, of)
-        except LayoutError as error:
-            sys.exit(f"error: {error}")
-        for seed in range(options.seeds):
-            for name in options.methods:
-                if any((x["method"], x["seed"]) == (name, seed) for x in mine()):
-                    continue
-                folder = options.output / "checkpoints" / f"{name}-{seed}"
-                protocol.append(path, [train(name, of, options, seed, folder)])
-    text = f"# {of.title}\n\n{table(mine(), of)}"
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "table.md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    epochs.complete(
+        options,
+        of.title,
+        check=lambda: check_layout(options.data, of),
+        train=lambda name, numbers, seed, folder: train(name, of, options, numbers, seed, folder),
+        table=lambda lines: table(lines, of),
+    )

@@ -6,7 +6,8 @@ A training goes on from its last checkpoint when it is started again; see exampl
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import optax
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import checkpoints
+import protocol
 
 import bilb
 
@@ -47,6 +49,45 @@ def run(
             state = epoch(number, state)
             kept.save(number, arrays(state))
     return state
+
+
+class LayoutError(Exception):
+    """The folder of the data does not look as it should; says how it should."""
+
+
+def complete(
+    options: Any,
+    title: str,
+    check: Callable[[], Any],
+    train: Callable[[str, Any, int, Path], protocol.Line],
+    table: Callable[[list[protocol.Line]], str],
+) -> None:
+    """Trains what is missing of a benchmark, writes its table and prints it.
+
+    Args:
+        options: ``methods``, ``seeds``, ``epochs``, ``report`` and ``output``.
+        title: of the table.
+        check: returns what is known of the data after a look at it, or raises LayoutError.
+        train: ``(method, what check returned, seed, folder of checkpoints) -> line``.
+        table: of the lines of these epochs, in Markdown.
+    """
+    path = options.output / "runs.jsonl"
+    mine = lambda: [line for line in protocol.read(path) if line["epochs"] == options.epochs]
+    if not options.report:
+        try:
+            data = check()
+        except LayoutError as error:
+            sys.exit(f"error: {error}")
+        for seed in range(options.seeds):
+            for name in options.methods:
+                if any((x["method"], x["seed"]) == (name, seed) for x in mine()):
+                    continue
+                folder = options.output / "checkpoints" / f"{name}-{seed}"
+                protocol.append(path, [train(name, data, seed, folder)])
+    text = f"# {title}\n\n{table(mine())}"
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "table.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
 
 
 class Carry(NamedTuple):
@@ -91,6 +132,15 @@ class Trainer:
         parameters, batch_stats = variables["params"], variables["batch_stats"]
         state = self._driver(parameters).init(parameters, batch_stats, batch)
         return Carry(parameters, batch_stats, self.optimizer.init(parameters), state)
+
+    def epoch(self, carry: Carry, learning_rate: float, batches: Iterable) -> tuple[Carry, float]:
+        """Returns the carry after a step on each batch, and the seconds that it took."""
+        start = time.perf_counter()
+        carry = with_rate(carry, learning_rate)
+        for batch in batches:
+            carry = self.step(carry, batch)
+        jax.block_until_ready(carry)
+        return carry, time.perf_counter() - start
 
     def _driver(self, parameters):
         return bilb.value_and_grad(

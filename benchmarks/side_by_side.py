@@ -64,7 +64,6 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "upgrad": lambda: bilb.upgrad(),
 }
 OPPONENTS = ("torch", "compiled", "torchjd")
-Step = Callable[[], None]
 
 
 @dataclasses.dataclass(frozen=True)

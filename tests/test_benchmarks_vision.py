@@ -62,21 +62,21 @@ class TestLayout:
 
     def test_what_is_wrong_is_told(self, tmp_path):
         of = nyuv2.NYUV2
-        with pytest.raises(dense.LayoutError, match=r"train.image is missing[\s\S]*lorenmt/mtan"):
+        with pytest.raises(epochs.LayoutError, match=r"train.image is missing[\s\S]*lorenmt/mtan"):
             dense.check_layout(tmp_path, of)
         root = write_dense(tmp_path / "data", of)
         depth = root / "val" / "depth" / "0.npy"
         np.save(depth, np.zeros((HEIGHT, WIDTH)))
-        with pytest.raises(dense.LayoutError, match=r"depth.0.npy has shape \(32, 64\)"):
+        with pytest.raises(epochs.LayoutError, match=r"depth.0.npy has shape \(32, 64\)"):
             dense.check_layout(root, of)
         depth.unlink()
-        with pytest.raises(dense.LayoutError, match="should hold 2 files"):
+        with pytest.raises(epochs.LayoutError, match="should hold 2 files"):
             dense.check_layout(root, of)
 
     def test_images_that_the_network_cannot_take(self, tmp_path, monkeypatch):
         monkeypatch.setitem(globals(), "WIDTH", 48)
         root = write_dense(tmp_path, cityscapes.CITYSCAPES)
-        with pytest.raises(dense.LayoutError, match="divisible by 32"):
+        with pytest.raises(epochs.LayoutError, match="divisible by 32"):
             dense.check_layout(root, cityscapes.CITYSCAPES)
 
     def test_main_says_it_without_a_traceback(self, tmp_path):
@@ -304,17 +304,17 @@ class TestCelebA:
         np.testing.assert_allclose(batch["image"].mean((1, 2, 3)), batch["labels"][:, 0], atol=0.02)
 
     def test_what_is_wrong_is_told(self, tmp_path):
-        with pytest.raises(celeba.LayoutError, match=r"missing[\s\S]*mmlab"):
+        with pytest.raises(epochs.LayoutError, match=r"missing[\s\S]*mmlab"):
             celeba.read_lists(tmp_path)
         root = write_faces(tmp_path / "data")
         partition = root / "Eval" / "list_eval_partition.txt"
         text = partition.read_text()
         partition.write_text("\n".join(text.splitlines()[:-1]))
-        with pytest.raises(celeba.LayoutError, match="does not list"):
+        with pytest.raises(epochs.LayoutError, match="does not list"):
             celeba.read_lists(root)
         partition.write_text(text)
         (root / "Img" / "img_align_celeba" / "000001.jpg").unlink()
-        with pytest.raises(celeba.LayoutError, match=r"000001\.jpg is missing"):
+        with pytest.raises(epochs.LayoutError, match=r"000001\.jpg is missing"):
             celeba.read_lists(root)
 
     def test_f1(self):

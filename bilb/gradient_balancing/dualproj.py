@@ -6,10 +6,9 @@ from typing import Any
 
 import optax
 
-from bilb import base, checks
+from bilb import base
 from bilb.gradient_balancing import solvers
-from bilb.gradient_balancing.algebra import preference_of
-from bilb.gradient_balancing.weighting import gram_weighting
+from bilb.gradient_balancing.dual_cone import dual_cone_weighting
 
 
 def dualproj(
@@ -63,14 +62,4 @@ def dualproj(
         Lopez-Paz and Ranzato, *Gradient episodic memory for continual learning*, arXiv 1706.08840;
         the ridge and the norm: TorchJD 0.18.
     """
-    checks.number("reg_eps", reg_eps, minimum=0, schedule=True)
-    checks.number("norm_eps", norm_eps, minimum=0, schedule=True)
-    checks.number("preference", preference, minimum=0, per_task=True, optional=True)
-
-    def weigh(gram, memory, step):
-        ridge, smallest = base.at_step(reg_eps, step), base.at_step(norm_eps, step)
-        hessian = solvers.dual_cone_hessian(gram.matrix, gram.size, ridge, smallest)
-        mean = preference_of(preference, gram.present, hessian.dtype)
-        return solvers.lift(hessian, mean, gram.present), memory
-
-    return gram_weighting("dualproj", weigh, decay=decay)
+    return dual_cone_weighting("dualproj", solvers.lift, reg_eps, norm_eps, preference, decay)

@@ -7,10 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from bilb import base, checks
+from bilb import base
 from bilb.gradient_balancing import solvers
-from bilb.gradient_balancing.algebra import preference_of
-from bilb.gradient_balancing.weighting import gram_weighting
+from bilb.gradient_balancing.dual_cone import dual_cone_weighting
 
 
 def upgrad(
@@ -64,14 +63,8 @@ def upgrad(
     References:
         Quinton and Rey, *Jacobian descent for multi-objective optimization*, arXiv 2406.16232.
     """
-    checks.number("reg_eps", reg_eps, minimum=0, schedule=True)
-    checks.number("norm_eps", norm_eps, minimum=0, schedule=True)
-    checks.number("preference", preference, minimum=0, per_task=True, optional=True)
 
-    def weigh(gram, memory, step):
-        ridge, smallest = base.at_step(reg_eps, step), base.at_step(norm_eps, step)
-        hessian = solvers.dual_cone_hessian(gram.matrix, gram.size, ridge, smallest)
-        mean = preference_of(preference, gram.present, hessian.dtype)
-        return jnp.sum(solvers.lift_all(hessian, jnp.diag(mean), gram.present), axis=0), memory
+    def formula(hessian, mean, present):
+        return jnp.sum(solvers.lift_all(hessian, jnp.diag(mean), present), axis=0)
 
-    return gram_weighting("upgrad", weigh, decay=decay)
+    return dual_cone_weighting("upgrad", formula, reg_eps, norm_eps, preference, decay)
