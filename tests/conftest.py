@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import os
 import pathlib
+import subprocess
 import sys
 
 # Before anything imports jax. A device count among the user's own flags comes later and wins.
@@ -43,6 +44,20 @@ def load_benchmark(name):
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def help_of(script):
+    """Returns what a script prints when it is asked for help."""
+    process = subprocess.run(
+        [sys.executable, script, "--help"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(TESTS.parent), "PYTHONIOENCODING": "utf-8"},
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 @pytest.hookimpl(tryfirst=True)

