@@ -256,6 +256,19 @@ def test_an_own_argument_is_not_carried_through_links_in_front():
         bilb.log_losses().update(losses, optax.EmptyState(), **given)
 
 
+def test_slopes_of_any_weights_are_those_of_the_losses_behind_the_links():
+    weights, gram = jnp.array([0.3, 0.7]), jnp.array([[2.0, -1.0], [-1.0, 5.0]])
+
+    def update(losses, state, *, slope_fn):
+        return losses, slope_fn(weights)
+
+    link = bilb.loss_transformation(lambda num_tasks, dtype: jnp.zeros(num_tasks, dtype), update)
+    balancer, losses = bilb.chain(bilb.log_losses(), link), jnp.array([2.0, 0.5])
+    state = balancer.init(losses)
+    _, state = balancer.update(losses, state, slope_fn=lambda w: gram @ w)
+    np.testing.assert_allclose(state.links[1], (gram / losses[:, None] / losses) @ weights)
+
+
 def test_a_chain_among_the_links_counts_as_its_links():
     nested = bilb.chain(bilb.chain(bilb.log_losses(), bilb.igb_v1(0, 1)), bilb.mgda())
     flat = bilb.chain(bilb.log_losses(), bilb.igb_v1(0, 1), bilb.mgda())

@@ -166,6 +166,13 @@ def test_imtl_g_has_equal_projections_and_config_equal_cosines():
     np.testing.assert_allclose(cosines, cosines.mean(), rtol=1e-2)
 
 
+def test_imtl_g_of_dependent_gradients_is_the_solution_of_least_norm():
+    rows = np.random.default_rng(2).normal(size=(4, 2)) * np.array([[1.0], [2.0], [0.5], [3.0]])
+    solution = np.linalg.pinv(rows @ rows.T) @ np.linalg.norm(rows, axis=1)
+    weights = weights_of(bilb.imtl_g(), rows @ rows.T)
+    np.testing.assert_allclose(weights, solution / solution.sum(), rtol=1e-3)
+
+
 def test_imtl_g_ascends_where_the_solution_has_a_negative_sum():
     rows = np.array([[2.0, 3.0, -2.0], [-2.0, -2.0, -2.0], [0.0, 0.0, -1.0]])
     weights = weights_of(bilb.imtl_g(), rows @ rows.T)

@@ -51,6 +51,16 @@ def test_is_algorithm_1_of_the_paper():
     assert_close(weights, gradnorm_by_hand(rows, norms, 0.8, 0.05), rtol=1e-4)
 
 
+def test_present_tasks_are_weighed_as_if_the_others_did_not_exist():
+    rng = np.random.default_rng(8)
+    rows, norms = rng.uniform(0.5, 2.0, (10, 4)), rng.uniform(0.5, 2.0, (10, 4))
+    balancer, present = bilb.gradnorm(0.8, optimizer=optax.sgd(0.05)), np.array([0, 2, 3])
+    masks = np.broadcast_to(np.arange(4) != 1, rows.shape)
+    weights, _ = run(balancer, rows, masks, norms)
+    alone, _ = run(balancer, rows[:, present], norms=norms[:, present])
+    assert_close(weights[:, present], alone, rtol=1e-5)
+
+
 @pytest.mark.parametrize("scheme", ["softmax", "sum"])
 def test_equalises_the_norms_of_weighted_gradients(scheme):
     norms = jnp.array([1.0, 4.0, 0.5])

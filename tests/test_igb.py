@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import bilb
+from bilb.improvable_gap import sac
 from bilb.improvable_gap.igb_v2 import igb_v2
 
 K = 4
@@ -163,6 +164,18 @@ class TestV2:
         assert not balanced.any()
         assert new.buffer.transitions.rewards[state.buffer.pointer] == 0
         np.testing.assert_array_equal(new.weights, state.weights)
+
+    def test_the_agent_acts_by_what_it_has_just_learnt(self):
+        _, update = compiled(small)
+        *losses, last = random_losses(9)
+        state, _ = play(compiled(small), jnp.stack(losses))
+        # As if after the warm-up, at an update at which the agent trains.
+        _, new = update(last, state._replace(step=jnp.array(12)))
+        assert trainings(new.agent) > trainings(state.agent)
+        noise = jax.random.normal(jax.random.split(state.key, 4)[2], (K,))
+        act = lambda agent: sac.act(agent.actor, last, noise, sac.Settings(hidden=(8,)))
+        np.testing.assert_allclose(new.weights, act(new.agent), rtol=1e-5)
+        assert jnp.abs(act(new.agent) - act(state.agent)).max() > 1e-4
 
     @pytest.mark.slow
     def test_a_task_seen_late_enters_the_reward_once_it_has_a_base(self):

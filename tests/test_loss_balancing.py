@@ -170,6 +170,19 @@ def test_schedules_are_those_of_the_step(make, numbers):
         assert_close(weights[step], expected_state.weights, atol=1e-6)
 
 
+def test_initial_losses_are_renewed_by_periods_counted_from_the_first_update():
+    """A task that is absent when a period begins takes its own late, and the next one in time."""
+    link = bilb.log_scale_by_initial_loss(every=3)
+    state, taken = link.init(jnp.ones(2)), []
+    update = jax.jit(link.update)
+    for step in range(8):
+        mask = jnp.array([True, step != 3])
+        _, state = update(jnp.full(2, step + 1.0), state, mask=mask)
+        taken.append(state.initial_losses)
+    np.testing.assert_array_equal(jnp.stack(taken)[:, 0], [1, 1, 1, 4, 4, 4, 7, 7])
+    np.testing.assert_array_equal(jnp.stack(taken)[:, 1], [1, 1, 1, 1, 5, 5, 7, 7])
+
+
 def test_learnt_variances_become_the_losses():
     rows = jnp.tile(jnp.array([4.0, 0.5, 30.0]), (3000, 1))
     _, weights, state = run(bilb.uncertainty_weighting(), rows)

@@ -54,6 +54,26 @@ def test_bound_and_regularization_follow_schedules():
     assert_point(3, 0.3 - 0.1 * pull)
 
 
+@pytest.mark.x64
+@pytest.mark.parametrize("name", ["mgda", "sdmgrad", "cagrad"])
+def test_gradients_are_those_of_the_problems_as_written(name):
+    rows = np.random.default_rng(0).normal(size=(3, 4))
+    norm = lambda w: jnp.linalg.norm(w @ rows)
+    mean, lam = jnp.full(3, 1 / 3), jnp.array([0.2, 0.3, 0.5])
+    lower, problem = {
+        "mgda": (lower_levels.mgda(), lambda lam: norm(lam) ** 2 / 2),
+        # Of the weights of the direction, which sum to one.
+        "sdmgrad": (lower_levels.sdmgrad(0.7), lambda lam: norm(lam + 0.7 * mean) ** 2 / 2 / 1.7),
+        "cagrad": (
+            lower_levels.cagrad(0.6),
+            lambda lam: lam @ rows @ (mean @ rows) + 0.6 * norm(mean) * norm(lam),
+        ),
+    }[name]
+    product = lambda w: rows @ (w @ rows)
+    gradient, _ = lower.gradient(lam, product, jnp.array(0.0), jnp.ones(3, bool))
+    np.testing.assert_allclose(gradient, jax.grad(problem)(lam), rtol=1e-12)
+
+
 def test_fairgrad_remembers_the_largest_imbalance():
     lam, present = jnp.full(2, 0.5), jnp.ones(2, bool)
     gradient = lambda slopes, memory: lower_levels.nash().gradient(
