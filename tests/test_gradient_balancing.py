@@ -150,6 +150,14 @@ def test_gradvac_with_a_usual_cosine_of_one_stays_finite():
     assert np.isfinite(state.weights).all()
 
 
+def test_gradients_below_the_smallest_norm_are_not_projected():
+    """It bounds the trace of the Gram matrix, whatever this one is divided by."""
+    gram = jnp.array([[4.0, -1.9], [-1.9, 1.0]]) / 5
+    balancer = bilb.dualproj(norm_eps=0.01)
+    np.testing.assert_allclose(weights_of(balancer, 0.009 * gram), [0.5, 0.5])
+    assert (weights_of(balancer, 0.011 * gram) > 0.5).any()
+
+
 def test_imtl_g_has_equal_projections_and_config_equal_cosines():
     rows = np.random.default_rng(0).normal(size=(4, 9)) * np.array([[1e-3], [1], [10], [1e3]])
     units = rows / np.linalg.norm(rows, axis=1, keepdims=True)

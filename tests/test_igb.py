@@ -173,7 +173,7 @@ class TestV2:
         _, new = update(last, state._replace(step=jnp.array(12)))
         assert trainings(new.agent) > trainings(state.agent)
         noise = jax.random.normal(jax.random.split(state.key, 4)[2], (K,))
-        act = lambda agent: sac.act(agent.actor, last, noise, sac.Settings(hidden=(8,)))
+        act = jax.jit(lambda agent: sac.act(agent.actor, last, noise, sac.Settings(hidden=(8,))))
         np.testing.assert_allclose(new.weights, act(new.agent), rtol=1e-5)
         assert jnp.abs(act(new.agent) - act(state.agent)).max() > 1e-4
 

@@ -149,6 +149,7 @@ def test_moml_finds_weights_whose_model_is_pareto_stationary_on_validation():
     assert_close(x, state.weights @ TARGETS, atol=0.01)
 
 
+@pytest.mark.slow
 def test_forum_solves_the_bilevel_problem():
     training = bilb.forum(
         distances,
@@ -234,7 +235,6 @@ def test_forum_descends_on_the_validation_losses_within_the_barrier(normalize):
     assert value(step) <= value(others).min() + 1e-6
 
 
-@pytest.mark.slow
 @pytest.mark.x64
 def test_forum_moves_by_its_averaged_multipliers():
     """They sum to one from the first step on, and ν is that of the average, not of λ*."""
