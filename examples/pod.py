@@ -3,9 +3,9 @@
 The tasks are those of multidigits.py: which digit is left, which is right, and how much ink. Every
 batch is split over all devices. With ``--shards N`` the parameters and the optimiser's state are
 split as well, over groups of N devices; otherwise every device holds them whole. Whatever the
-method, nothing in the training step speaks of devices: the compiler adds the communication, and the
-balancer sees the losses of the whole batch. Split parameters are gathered once in a step, for all
-that a method does with them; with ``--no-gather`` the compiler gathers where it needs them.
+method, the compiler adds the communication, and the balancer sees the losses of the whole batch.
+The training step says one thing about devices: split parameters are gathered once, for all that a
+method does with them. With ``--no-gather`` the compiler gathers where it needs them.
 
     python examples/pod.py                                      # whatever devices JAX finds
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python examples/pod.py --shards 2
