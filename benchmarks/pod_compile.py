@@ -12,7 +12,8 @@ memory, and every exchange of data with the others.
 
 Nothing is executed: there are no times and no numbers. XLA counts a loop as one pass of its body in
 its flops, which are too low for igb_v2, mgda, its sketch and mgda-representation; collectives are
-counted in full. A program that cannot be compiled is listed with its error.
+counted in full. The peak of the memory includes what lies in a chip's vector memory. A program that
+cannot be compiled is listed with its error.
 
     pip install 'bilb[tpu]'                                     # libtpu, about 200 MB
     python benchmarks/pod_compile.py
@@ -87,6 +88,8 @@ class Options:
     """Of the trunk's layers."""
     batch: int = 32
     """Examples per chip."""
+    gather: bool = True
+    """Gather split parameters once a step, as the option of examples/pod.py says."""
     output: Path = Path("outputs/pod_compile")
     """Folder for the table and its numbers."""
 
@@ -162,7 +165,8 @@ def make_program(name: str, options: Options, mesh: Mesh) -> tuple[pod.Program, 
         jax.eval_shape(lambda: trunk.examples(options.num_tasks)),
     )
     parameters = lambda: trunk.params(options.num_tasks)
-    return pod.make_program(driver, optax.adamw(1e-3), parameters, batch, mesh), batch
+    optimizer = optax.adamw(1e-3)
+    return pod.make_program(driver, optimizer, parameters, batch, mesh, options.gather), batch
 
 
 def measure(topology: str, method: str, options: Options) -> Row:
@@ -220,7 +224,9 @@ def heading(options: Options) -> str:
     libtpu = (found.version for found in importlib.metadata.distributions(name="libtpu"))
     return (
         f"The training step of {options.num_tasks} tasks on a multi-layer perceptron, "
-        f"{' x '.join(map(str, options.widths))}, {options.batch} examples per chip, compiled with "
+        f"{' x '.join(map(str, options.widths))}, {options.batch} examples per chip, "
+        f"{'' if options.gather else 'split parameters gathered as the compiler likes, '}"
+        "compiled with "
         f"jax {jax.__version__} and libtpu {next(libtpu, 'of another source')}. Per chip: Mflop "
         "(loops count once), peak memory and its ratio to that of ls, bytes of the results of all "
         "collectives, and each of these with its bytes."

@@ -3,8 +3,9 @@
 The tasks are those of multidigits.py: which digit is left, which is right, and how much ink. Every
 batch is split over all devices. With ``--shards N`` the parameters and the optimiser's state are
 split as well, over groups of N devices; otherwise every device holds them whole. Whatever the
-method, nothing in the training step speaks of devices: the compiler adds the communication, and the
-balancer sees the losses of the whole batch.
+method, the compiler adds the communication, and the balancer sees the losses of the whole batch.
+The training step says one thing about devices: split parameters are gathered once, for all that a
+method does with them. With ``--no-gather`` the compiler gathers where it needs them.
 
     python examples/pod.py                                      # whatever devices JAX finds
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python examples/pod.py --shards 2
@@ -63,6 +64,9 @@ class Options:
     """Examples per step on all devices together, a multiple of their number."""
     shards: int = 1
     """Devices among which the parameters are split, a divisor of their number."""
+    gather: bool = True
+    """Gather split parameters once a step, and keep the whole gradient while slopes are taken along
+    it; otherwise the compiler gathers anew where it sees fit, in less memory."""
     seed: int = 0
     """Of the initial parameters, the training subset, the batches and the method."""
     penalty: float = 0.05
@@ -108,6 +112,7 @@ class State(NamedTuple):
     parameters: Any
     optimizer: optax.OptState
     balance: Any  # of the driver, the balancer's state in it
+    batch: Any = None  # the last one, where the method reads its losses after the step
 
 
 class Program(NamedTuple):
@@ -148,14 +153,25 @@ def partition(array: Any, shards: int) -> PartitionSpec:
     return PartitionSpec(*["shard" if axis == split else None for axis in range(array.ndim)])
 
 
+def lay_out(tree: Any, shardings: Any) -> Any:
+    """Has the compiler split arrays so, whatever they are computed from and used for."""
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    explicit = AxisType.Explicit in mesh.axis_types
+    return (jax.reshard if explicit else jax.lax.with_sharding_constraint)(tree, shardings)
+
+
 def make_program(
     value_and_grad: Any,
     optimizer: optax.GradientTransformation,
     parameters: Callable[[], Any],
     batch: Any,
     mesh: Mesh,
+    gather: bool = True,
 ) -> Program:
     """Returns the training of a network over a mesh.
+
+    Losses after a step are taken at the start of the next one, on the batch that is kept for it:
+    so one gathering of split parameters serves them and the losses of the next batch.
 
     Args:
         value_and_grad: of the task losses, ``bilb.value_and_grad`` or the like.
@@ -163,24 +179,37 @@ def make_program(
         parameters: returns the initial parameters.
         batch: the shapes of a batch.
         mesh: of :func:`make_mesh`, or one of devices to compile for.
+        gather: whether split parameters are gathered once a step, and slopes taken along the
+            gradient before it is split.
     """
+    whole, over_all = NamedSharding(mesh, WHOLE), NamedSharding(mesh, BATCH)
+    split = lambda array: NamedSharding(mesh, partition(array, mesh.shape["shard"]))
 
     def start():
-        initial = parameters()
-        balance = value_and_grad.init(initial, jax.tree.map(jnp.zeros_like, batch))
-        return State(initial, optimizer.init(initial), balance)
+        initial, zeros = parameters(), jax.tree.map(jnp.zeros_like, batch)
+        balance = value_and_grad.init(initial, zeros)
+        unread = value_and_grad.after(initial, balance, zeros) is balance
+        return State(initial, optimizer.init(initial), balance, None if unread else zeros)
 
     def step(state, batch):
-        losses, gradient, balance = value_and_grad(state.parameters, state.balance, batch)
+        parameters = lay_out(state.parameters, whole) if gather else state.parameters
+        balance = value_and_grad.after(parameters, state.balance, state.batch)
+        losses, gradient, balance = value_and_grad(parameters, balance, batch)
+        if gather and getattr(balance, "slopes", None) is not None:
+            # Otherwise it is split where it is made, and gathered again for its own slopes.
+            gradient = lay_out(gradient, whole)
+        gradient = lay_out(gradient, jax.tree.map(split, gradient))
         updates, opt_state = optimizer.update(gradient, state.optimizer, state.parameters)
         updated = optax.apply_updates(state.parameters, updates)
-        return State(updated, opt_state, value_and_grad.after(updated, balance, batch)), losses
+        last = None if state.batch is None else batch
+        return State(updated, opt_state, balance, last), losses
 
-    whole = NamedSharding(mesh, WHOLE)
-    split = lambda array: NamedSharding(mesh, partition(array, mesh.shape["shard"]))
     shapes = jax.eval_shape(start)
-    shardings = jax.tree.map(split, shapes)._replace(balance=whole)
-    of_leaves = shardings._replace(balance=jax.tree.map(lambda _: whole, shapes.balance))
+    of_leaves = jax.tree.map(split, shapes)._replace(
+        balance=jax.tree.map(lambda _: whole, shapes.balance),
+        batch=jax.tree.map(lambda _: over_all, shapes.batch),
+    )
+    shardings = of_leaves._replace(balance=whole)
     placed = lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
     return Program(
         init=jax.jit(start, out_shardings=shardings),
@@ -241,7 +270,7 @@ def program_of(options: Options, problem: experiment.Problem, mesh: Mesh) -> Pro
     value_and_grad, optimizer = experiment.ingredients(settings, options.method, network, tasks)
     batch = jax.tree.map(lambda array: array[: options.batch_size], problem.pool)
     parameters = lambda: network.init(jax.random.key(options.seed), batch.inputs[:1])
-    return make_program(value_and_grad, optimizer, parameters, batch, mesh)
+    return make_program(value_and_grad, optimizer, parameters, batch, mesh, options.gather)
 
 
 def train(options: Options, problem: experiment.Problem, mesh: Mesh) -> State:

@@ -24,7 +24,7 @@ _MATRIX_PRODUCT = re.compile(
 # A pair of start and done counts at its end, whose type is that of the result alone.
 _COLLECTIVE = re.compile(
     r"= (.+?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|"
-    r"collective-broadcast|ragged-all-to-all)(?:-done)?\("
+    r"collective-broadcast|ragged-all-to-all)(?:-done)?\((?:.* channel_id=(\d+))?"
 )
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _CALLS = re.compile(
@@ -82,7 +82,11 @@ def moved(collectives, *kinds):
 
 
 def collectives(text):
-    """Returns the collectives of a compiled program's text, loops of known length in full."""
+    """Returns the collectives of a compiled program's text, loops of known length in full.
+
+    The TPU compiler lets one collective go on beside others' computations: each of these then
+    contains it once more, under the same channel. It counts where it is started.
+    """
     bodies, entry, body = {}, None, []
     for line in text.splitlines():
         if head := _COMPUTATION.match(line):
@@ -90,11 +94,16 @@ def collectives(text):
             entry = head[2] if head[1] else entry
         body.append(line)
 
+    starts = {name for name, body in bodies.items() if "AsyncCollectiveStart" in "".join(body)}
+    found_in = lambda names: (_COLLECTIVE.search(line) for name in names for line in bodies[name])
+    started = {(moved[2], moved[3]) for moved in found_in(starts) if moved}
+
     @functools.cache
     def of(name):
         found = []
         for line in bodies.get(name, ()):
-            if moved := _COLLECTIVE.search(line):
+            moved = _COLLECTIVE.search(line)
+            if moved and (name in starts or (moved[2], moved[3]) not in started):
                 found.append(Collective(moved[2], _bytes(moved[1]), 1))
             called = _CALLS.findall(line) if "async-done" not in line else ()
             for one, several in called:

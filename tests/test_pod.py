@@ -53,23 +53,6 @@ def problem():
     return dataclasses.replace(three, tasks=tasks, pool=again(three.pool), test=again(three.test))
 
 
-class Gathering(experiment.MultiTaskNetwork):
-    """Where axes are explicit, a model has to say that it wants split parameters whole."""
-
-    def apply(self, parameters, inputs):
-        mesh = jax.typeof(inputs).sharding.mesh
-        if not mesh.empty:
-            parameters = jax.reshard(parameters, NamedSharding(mesh, pod.WHOLE))
-        return super().apply(parameters, inputs)
-
-
-@dataclasses.dataclass(frozen=True)
-class GatheringProblem(experiment.Problem):
-    @property
-    def network(self):
-        return Gathering(super().network.hidden, super().network.heads)
-
-
 def options_of(method, folder="unused", **changes):
     return pod.Options(method=method, batch_size=16, steps=6, every=3, output=folder, **changes)
 
@@ -83,8 +66,6 @@ def one_device():
 def steps(method, mesh, count=4):
     """Returns the last batch, state and losses after some steps, without checkpoints."""
     options, trained = options_of(method), problem()
-    if AxisType.Explicit in mesh.axis_types and mesh.shape["shard"] > 1:
-        trained = GatheringProblem(**vars(trained))
     program, state = pod.program_of(options, trained, mesh), None
     for batch in pod.make_batches(trained, options, mesh, options.steps - count):
         state, losses = program.step(program.init() if state is None else state, batch)
@@ -145,37 +126,44 @@ def test_the_lists_of_methods_by_what_they_read_are_complete():
     assert {name for name, asked in read.items() if asked and asked <= of_slopes} == {*READ_SLOPES}
 
 
-@pytest.mark.parametrize("shards", [1, 2])
-@pytest.mark.parametrize("method", mostly_slow([m for m in READ_LOSSES if m != "ls"], ["bilb4mtl"]))
-def test_methods_of_the_first_rung_add_one_reduction_of_k_floats_at_most(method, shards):
-    plain, _ = collectives("ls", shards)
-    found, _ = collectives(method, shards)
-    others = lambda found: sorted(c for c in found if c.kind != "all-reduce")
+def assert_adds_reductions(found, plain, at_most, num_tasks=K):
+    """Whether there are the collectives of the plain sum and so many reductions of K floats."""
+    others = lambda collectives: sorted(c for c in collectives if c.kind != "all-reduce")
     assert others(found) == others(plain)
     (times, size), (plain_times, plain_size) = (cost.moved(c, "all-reduce") for c in (found, plain))
     assert plain_times > 0
-    assert times <= plain_times + 1
-    assert size <= plain_size + 4 * K
+    assert times <= plain_times + at_most
+    assert size <= plain_size + at_most * 4 * num_tasks
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-@pytest.mark.parametrize(
-    ("method", "gram"),
-    [
-        ("marigold", "exact"),
-        pytest.param("famo", "exact", marks=SLOW),
-        pytest.param("mgda", "sketch", marks=SLOW),
-    ],
-)
-def test_slopes_and_sketches_add_two_reductions_of_k_floats_at_most(method, gram, shards):
-    plain, parameters = collectives("ls", shards)
-    found, _ = collectives(method, shards, gram=gram, decay=0.9)
-    (times, size), (plain_times, plain_size) = (cost.moved(c, "all-reduce") for c in (found, plain))
-    assert times <= plain_times + 2
-    assert size <= plain_size + 2 * 4 * K
-    # One more forward pass needs split parameters, or a direction split as they are, once more.
-    more = cost.moved(found)[1] - size - (cost.moved(plain)[1] - plain_size)
-    assert more <= (0 if shards == 1 else parameters)
+@pytest.mark.parametrize("method", mostly_slow([m for m in READ_LOSSES if m != "ls"], ["bilb4mtl"]))
+def test_methods_of_the_first_rung_add_one_reduction_of_k_floats_at_most(method, shards):
+    found, plain = collectives(method, shards)[0], collectives("ls", shards)[0]
+    assert_adds_reductions(found, plain, 1)
+
+
+SLOPES = mostly_slow([(method, "exact") for method in READ_SLOPES], [("marigold", "exact")])
+SKETCH = pytest.param(("mgda", "sketch"), marks=SLOW)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("method_and_gram", [*SLOPES, SKETCH], ids="-".join)
+def test_slopes_and_sketches_add_two_reductions_of_k_floats_at_most(method_and_gram, shards):
+    method, gram = method_and_gram
+    found, plain = (
+        collectives(method, shards, gram=gram, decay=0.9)[0],
+        collectives("ls", shards)[0],
+    )
+    assert_adds_reductions(found, plain, 2)
+
+
+@SLOW
+def test_without_gathering_the_gradient_of_split_parameters_is_gathered_for_its_slopes():
+    gathered, parameters = collectives("marigold", 2)
+    found, _ = collectives("marigold", 2, gather=False)
+    more = cost.moved(found, "all-gather")[1] - cost.moved(gathered, "all-gather")[1]
+    assert 0 < more <= parameters
 
 
 def test_the_exact_gram_matrix_reduces_every_task_gradient():
@@ -186,15 +174,61 @@ def test_the_exact_gram_matrix_reduces_every_task_gradient():
     assert max(c.times for c in found) == K
 
 
+INTERLEAVED = """
+%start (x: bf16[4,8]) -> (bf16[4,8], bf16[64,8]) {
+  %all-gather.1 = bf16[64,8]{1,0} all-gather(%x), channel_id=3, replica_groups=[1,16]<=[16]
+  ROOT %call = (bf16[4,8], bf16[64,8]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+%beside (x: bf16[4,8]) -> bf16[64,8] {
+  ROOT %all-gather.2 = bf16[64,8]{1,0} all-gather(%x), channel_id=3, replica_groups=[1,16]<=[16]
+}
+ENTRY %main (x: bf16[4,8]) -> bf16[64,8] {
+  %a = (bf16[4,8], bf16[64,8]) fusion(%x), kind=kCustom, calls=%start
+  %b = bf16[64,8]{1,0} fusion(%a), kind=kOutput, calls=%beside
+  %c = bf16[64,8]{1,0} fusion(%b), kind=kOutput, calls=%beside
+  %all-reduce.1 = f32[8]{0} all-reduce(%c), channel_id=3, replica_groups=[1,16]<=[16]
+  %all-gather.3 = bf16[64,8]{1,0} all-gather(%x), channel_id=4, replica_groups=[1,16]<=[16]
+}
+"""  # noqa: E501
+
+
+def test_a_collective_that_goes_on_beside_computations_counts_once():
+    gather = cost.Collective("all-gather", 2 * 64 * 8, 1)
+    assert cost.collectives(INTERLEAVED) == [gather, cost.Collective("all-reduce", 32, 1), gather]
+
+
+@SLOW
+def test_losses_after_a_step_are_taken_on_its_own_batch():
+    """When the next one begins, and the parameters are whole for its own losses anyway."""
+    task_losses = lambda params, x: jnp.mean((jnp.tanh(x @ params) - jnp.arange(K)) ** 2, axis=0)
+    driver, optimizer = bilb.value_and_grad(task_losses, bilb.famo()), optax.adam(0.1)
+    params, mesh = jnp.ones((4, K)) / 4, pod.make_mesh(4)
+    batches = jnp.sin(jnp.arange(3 * 8 * 4.0)).reshape(3, 8, 4)
+    program = pod.make_program(driver, optimizer, lambda: params, batches[0], mesh)
+    state, opt_state, expected = (
+        program.init(),
+        optimizer.init(params),
+        driver.init(params, batches[0]),
+    )
+    for batch in batches:
+        placed = jax.device_put(batch, NamedSharding(mesh, pod.BATCH))
+        state, _ = program.step(state, placed)
+        assert state.parameters.addressable_data(0).shape == (1, K)
+        _, gradient, expected = driver(params, expected, batch)
+        updates, opt_state = optimizer.update(gradient, opt_state)
+        params = optax.apply_updates(params, updates)
+        close = functools.partial(chex.assert_trees_all_close, rtol=1e-4, atol=1e-5)
+        close(np.asarray(state.parameters), np.asarray(params))
+        close(*(jax.tree.map(np.asarray, s.balancer) for s in (state.balance, expected)))
+        expected = driver.after(params, expected, batch)
+    assert jnp.ptp(expected.effective_weights) > 1e-3
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 def test_gram_matrices_at_a_representation_move_what_depends_on_the_tasks_alone(shards):
-    """Whatever the trunk: K columns of K floats, and one for the losses.
-
-    Heads that are split among devices are gathered once more.
-    """
+    """Whatever the trunk: K columns of K floats, and one for the losses."""
     mesh, placed = pod.make_mesh(shards), NamedSharding(pod.make_mesh(shards), pod.BATCH)
     batch = jax.ShapeDtypeStruct((16, 5), jnp.float32, sharding=placed)
-    heads = 4 * 8 * K
 
     def found(width, method):
         trunk = lambda params, x: jnp.tanh(jnp.tanh(x @ params["in"]) @ params["out"])
@@ -215,7 +249,7 @@ def test_gram_matrices_at_a_representation_move_what_depends_on_the_tasks_alone(
     np.testing.assert_array_equal(more[0], more[1])
     times, size = more[0]
     assert K <= times <= K + 1
-    assert 4 * K * K <= size <= 4 * K * (K + 1) + (heads if shards > 1 else 0)
+    assert 4 * K * K <= size <= 4 * K * (K + 1)
 
 
 def compiled_for_chips(topology, methods, folder, *more):
@@ -239,39 +273,26 @@ def test_programs_for_256_chips_move_and_hold_what_they_should(tmp_path, topolog
     peak = {name: row["peak_bytes"] / rows["ls"]["peak_bytes"] for name, row in rows.items()}
     assert peak["bilb4mtl"] <= 1.01
     assert peak["mgda"] <= 2.2
-    reductions = {name: cost.moved(row["collectives"], "all-reduce") for name, row in rows.items()}
-    plain_times, plain_size = reductions["ls"]
     allowed = dict.fromkeys(READ_LOSSES, 1)
     allowed |= dict.fromkeys((*READ_SLOPES, "mgda-sketch"), 2)
+    allowed["mgda-representation"] = 40 + 1
     for name, more in allowed.items():
-        times, size = reductions[name]
-        assert times <= plain_times + more, name
-        assert size <= plain_size + more * 4 * 40, name
+        found, plain = (rows[of]["collectives"] for of in (name, "ls"))
+        assert_adds_reductions(found, plain, more, num_tasks=40)
 
 
 @SLOW
 @NEEDS_LIBTPU
 @pytest.mark.parametrize("topology", ["v5e:16x16", "v5e:16x16/16"])
 def test_gram_matrices_at_a_representation_move_the_same_whatever_the_trunk(tmp_path, topology):
-    """What runs once for each task does not depend on the trunk.
-
-    Around that, the TPU compiler gathers a split trunk once more for its backward pass, once for
-    all tasks.
-    """
-    for_each_task = []
+    """Once for each task K floats, and all else as the plain sum does."""
     for width in ("256", "512"):
         rows = compiled_for_chips(
             topology, ["ls", "mgda-representation"], tmp_path, "--widths", width, width, "128"
         )
-        looped = [c for c in rows["mgda-representation"]["collectives"] if c.times > 1]
-        once = [c for c in rows["mgda-representation"]["collectives"] if c.times == 1]
-        plain = cost.moved(rows["ls"]["collectives"])[1]
-        assert cost.moved(once)[1] <= (2 * plain if "/" in topology else plain)
-        for_each_task.append(sorted(looped))
-    assert for_each_task[0] == for_each_task[1]
-    assert {c.times for c in looped} == {40}
-    # K floats; and the heads' outputs on a chip's examples, where their kernel is split.
-    assert cost.moved(looped)[1] <= 40 * (4 * 40 + (4 * 40 * 32 * 16 if "/" in topology else 0))
+        found, plain = (rows[name]["collectives"] for name in ("mgda-representation", "ls"))
+        assert [c for c in found if c.times > 1] == [cost.Collective("all-reduce", 4 * 40, 40)]
+        assert_adds_reductions(found, plain, 40 + 1, num_tasks=40)
 
 
 def test_what_was_found_is_said_at_the_start():
