@@ -59,7 +59,7 @@ PAPERS = (
 BALANCED = ("mgda", "cagrad", "pcgrad", "imtl_g", "nash_mtl")
 COMBINATIONS = tuple(f"{first}+{name}" for first in ("igb_v1", "si") for name in BALANCED)
 #: The agent's own training takes many times as long as that of these small networks.
-WITH_AGENT = ("igb_v2", *(f"igb_v2+{name}" for name in BALANCED))
+WITH_AGENT = ("igb_v2_near_igb_v1", "igb_v2", *(f"igb_v2+{name}" for name in BALANCED))
 WEIGHTS = ("constant", "si+constant")
 OTHERS = (
     *("dwa", "rlw", "gls", "imtl_l", "stch", "upgrad", "fairgrad", "aligned_mtl", "gradnorm"),
