@@ -75,8 +75,9 @@ def loss_transformation(
         init: ``(num_tasks, dtype) -> state``; ``dtype`` is the losses' dtype, float32 at least.
         update: ``(losses, state, *, mask, **extra) -> (balanced, state)`` on losses of that dtype.
             ``mask`` is None or (K,) bool; the loss of an absent task arrives as 1, which does no
-            harm under a logarithm or in a quotient. ``update`` may have no ``mask`` (then a mask is
-            an error) and no ``**extra``. A keyword-only argument without default is one that the
+            harm under a logarithm or in a quotient. ``update`` may have no ``mask`` (then one is
+            an error, also that which a chain makes of a link's zero derivatives) and no
+            ``**extra``. A keyword-only argument without default is one that the
             method cannot work without: a driver that can compute it does, and a call that lacks it
             is a :class:`bilb.MissingArgument`.
         reads: which extra arguments speak of the losses, as this link gets them; the chain

@@ -259,7 +259,7 @@ def test_an_own_argument_is_not_carried_through_links_in_front():
 def test_slopes_of_any_weights_are_those_of_the_losses_behind_the_links():
     weights, gram = jnp.array([0.3, 0.7]), jnp.array([[2.0, -1.0], [-1.0, 5.0]])
 
-    def update(losses, state, *, slope_fn):
+    def update(losses, state, *, mask, slope_fn):
         return losses, slope_fn(weights)
 
     link = bilb.loss_transformation(lambda num_tasks, dtype: jnp.zeros(num_tasks, dtype), update)
