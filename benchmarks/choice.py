@@ -43,7 +43,7 @@ class Options:
     """Initial learning rates of Adam to choose from."""
     tuning_seeds: int = 3
     """Seeds with which learning rates are chosen."""
-    seeds: int = 12
+    seeds: int = 10
     """Seeds of the result, others than those."""
     candidates: int = 24
     """Random constant weights to choose from, each with all learning rates and one tuning seed."""
