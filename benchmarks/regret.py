@@ -16,7 +16,7 @@ from seed to seed: methods share the seeds, and with them the points, batches an
 parameters.
 
     python benchmarks/regret.py benchmarks/results/*.jsonl
-    python benchmarks/regret.py outputs/reduced/runs.jsonl --methods si ls famo --output outputs
+    python benchmarks/regret.py outputs/reduced/reduced.jsonl --problems qm9 --methods si ls famo
 
 The worst case is over the problems that a method was run on; how many they are stands beside it.
 """
@@ -59,6 +59,8 @@ class Options:
     """JSON lines of the other benchmarks."""
     methods: tuple[str, ...] = ()
     """The methods to compare; all of the files by default."""
+    problems: tuple[str, ...] = ()
+    """The problems; all of the files by default."""
     seeds: int = 2
     """A method counts on a problem with at least this many seeds."""
     output: Path | None = None
@@ -235,6 +237,7 @@ def main(options: Options) -> None:
         found = {
             problem: scores(of)
             for problem, of in grouped(lines, lambda line: line["problem"]).items()
+            if not options.problems or problem in options.problems
         }
     except (KeyError, ValueError) as error:
         sys.exit(f"error: not lines of a benchmark: {error}")

@@ -99,6 +99,10 @@ def test_the_worst_case_and_the_order(tmp_path, capsys, monkeypatch):
         "| ls |  | 1.00 |  | 1.00 (1/2) |  |",
     ]
     assert "marigold_pinn" in capsys.readouterr().out
+    regret.main(regret.Options(files=tuple(paths), problems=("qm9",), methods=("si",)))
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["method", "qm9", "worst", "points"]
+    assert [row.split()[0] for row in rows] == ["si"]
 
 
 @pytest.mark.parametrize(
