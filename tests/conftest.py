@@ -13,12 +13,17 @@ import pathlib
 import subprocess
 import sys
 
-# Before anything imports jax. The user's own flags come later and win.
-_FLAGS = ["--xla_force_host_platform_device_count=8"]
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # Compiles three times as fast; later versions have no such choice, and stop at the flag.
-    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")])
+# Before anything imports jax. The user's own flags come last and win.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_force_host_platform_device_count=8",
+        # Three times as fast to compile; later versions have no such choice, and stop at the flag.
+        "--xla_cpu_use_fusion_emitters=false"
+        if importlib.metadata.version("jaxlib").startswith("0.10.")
+        else "",
+        os.environ.get("XLA_FLAGS", ""),
+    ]
+)
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 
 import hypothesis
