@@ -172,7 +172,7 @@ def test_a_thousand_steps_under_scan_and_vmap_trace_once_and_stay_finite(method)
         return jax.lax.scan(step, transformation.init(losses[0]), losses)
 
     stacked = {name: jnp.array(value) for name, value in values.items()}
-    state, balanced = jax.jit(jax.vmap(run))(stacked, losses)  # optimised, as in earnest
+    state, balanced = jit(jax.vmap(run))(stacked, losses)
     assert len(traces) == 1
     assert_finite((state, balanced))
     for _, step in optax.tree.get_all_with_path(state, "step"):

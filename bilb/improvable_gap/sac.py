@@ -312,7 +312,7 @@ def sac_update(
     temperature = jnp.exp(agent.log_temperature)
 
     next_actions, next_log_prob = policy(agent.actor, batch.next_states, draws.noise_next, settings)
-    next_value = value(agent.target_critic, batch.next_states, next_actions).min(0)
+    next_value = _smaller(value(agent.target_critic, batch.next_states, next_actions))
     target = batch.rewards + settings.discount * (next_value - temperature * next_log_prob)
 
     def critic_loss(critic):
@@ -323,7 +323,8 @@ def sac_update(
 
     def actor_loss(actor):
         actions, log_prob = policy(actor, batch.states, draws.noise, settings)
-        return mean(temperature * log_prob - value(critic, batch.states, actions).min(0)), log_prob
+        worst = _smaller(value(critic, batch.states, actions))
+        return mean(temperature * log_prob - worst), log_prob
 
     (loss_a, log_prob), gradient = jax.value_and_grad(actor_loss, has_aux=True)(agent.actor)
     actor, actor_opt_state = _step(settings, gradient, agent.actor_opt_state, agent.actor)
@@ -391,6 +392,13 @@ def draw_update(
         jax.random.normal(next_key, shape, dtype),
         jax.random.normal(key, shape, dtype),
     )
+
+
+def _smaller(values):
+    # The derivative of `min` asks which entry equals the minimum: none does, which is 0 / 0, where
+    # the compiler rounds a value that it computes twice in two ways.
+    first, second = values
+    return jnp.where(first < second, first, second)
 
 
 def _step(settings, gradient, opt_state, params):
