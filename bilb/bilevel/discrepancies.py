@@ -95,12 +95,30 @@ def spread(u: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
         3.0
     """
     _check(u)
-    if where is None:
-        return jnp.max(u) - jnp.min(u)
-    difference = jnp.max(u, where=where, initial=-jnp.inf) - jnp.min(
-        u, where=where, initial=jnp.inf
-    )
-    return jnp.where(where.any(), difference, 0.0)
+    return _spread(u, jnp.ones(u.shape, bool) if where is None else where)
+
+
+@jax.custom_jvp
+def _spread(u, where):
+    top, bottom = _extremes(u, where)
+    return jnp.where(where.any(), jnp.max(top) - jnp.min(bottom), 0.0)
+
+
+@_spread.defjvp
+def _spread_jvp(primals, tangents):
+    # That of `max` asks which entries equal the largest: none does, which is 0 / 0, where the
+    # compiler rounds a value that it computes twice in two ways. One entry always counts here.
+    u, where = primals
+    top, bottom = _extremes(u, where)
+    i = jnp.arange(u.shape[0])
+    high = where & (top >= jnp.max(top)) | (i == jnp.argmax(top))
+    low = where & (bottom <= jnp.min(bottom)) | (i == jnp.argmin(bottom))
+    mean = lambda chosen: jnp.sum(tangents[0], where=chosen) / jnp.sum(chosen).astype(u.dtype)
+    return _spread(*primals), mean(high) - mean(low)
+
+
+def _extremes(u, where):
+    return jnp.where(where, u, -jnp.inf), jnp.where(where, u, jnp.inf)
 
 
 def variance(u: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
