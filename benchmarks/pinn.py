@@ -27,7 +27,6 @@ nothing else.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -212,28 +211,20 @@ Runs = dict[Setting, dict[int, Run]]  # by seed
 def read(path: Path) -> Runs:
     """Returns the runs of a file; a line that was cut short, the last one maybe, does not count."""
     runs: Runs = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                values = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            setting = Setting(*(values[name] for name in Setting._fields))
-            numbers = (float(values[name]) for name in Run._fields)
-            runs.setdefault(setting, {})[values["seed"]] = Run(*numbers)
+    for line in protocol.read(path):
+        setting = Setting(*(line[name] for name in Setting._fields))
+        numbers = (float(line[name]) for name in Run._fields)
+        runs.setdefault(setting, {})[line["seed"]] = Run(*numbers)
     return runs
 
 
 def append(path: Path, setting: Setting, runs: dict[int, Run]) -> None:
     """Adds runs to a file, one a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cut_short = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n" if cut_short else "")
-        for seed, run in runs.items():
-            # Errors of networks that diverged are not numbers that JSON knows.
-            numbers = {name: f"{value:.6g}" for name, value in run._asdict().items()}
-            file.write(json.dumps(setting._asdict() | {"seed": seed} | numbers) + "\n")
+    # Errors of networks that diverged are not numbers that JSON knows.
+    numbers = lambda run: {name: f"{value:.6g}" for name, value in run._asdict().items()}
+    protocol.append(
+        path, [setting._asdict() | {"seed": seed} | numbers(run) for seed, run in runs.items()]
+    )
 
 
 def settings(options: Options) -> list[Setting]:

@@ -37,7 +37,9 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
+import protocol
 import report
+from protocol import Line
 
 from bilb import metrics
 
@@ -47,8 +49,6 @@ REFERENCES = (BASE, "STL-log")
 TUNING = 1_000
 #: The same method under two names.
 ALIASES = {"log": "si", "root+marigold_nash": "marigold_pinn"}
-
-Line = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,18 +80,6 @@ class Regret(NamedTuple):
     mean: float
     low: float
     high: float
-
-
-def read(paths: Sequence[Path]) -> list[Line]:
-    """Returns the lines of the files, without those that were cut short."""
-    lines = []
-    for path in paths:
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                continue
-    return lines
 
 
 def grouped(lines: Sequence[Line], key: Callable[[Line], Any]) -> dict[Any, list[Line]]:
@@ -232,7 +220,7 @@ def main(options: Options) -> None:
     missing = [str(path) for path in options.files if not path.exists()]
     if missing or not options.files:
         sys.exit(f"error: no such file: {', '.join(missing) or 'give at least one'}")
-    lines = read(options.files)
+    lines = [line for path in options.files for line in protocol.read(path)]
     try:
         found = {
             problem: scores(of)
