@@ -81,7 +81,7 @@ def pytest_collection_modifyitems(items):
         method = getattr(item, "callspec", None) and item.callspec.params.get("method")
         if isinstance(method, Method):
             item.add_marker(pytest.mark.xdist_group(method.name))
-            if method.kin:
+            if method.kin or method.slow:
                 item.add_marker(pytest.mark.slow)
 
 

@@ -52,6 +52,7 @@ class Method:
         learns: per-task fields of the state that move over generic losses.
         shared: fields of the state that tasks share although they have an axis of length K.
         kin: the entry whose code it shares but for the formula; the table's tests of it are slow.
+        slow: its programs take long to compile; the table's tests of it are slow.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Method:
     learns: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
     kin: str | None = None
+    slow: bool = False
 
     def __str__(self):
         return self.name

@@ -78,6 +78,7 @@ OF_LOSSES = [
         arguments={"key": 7},
         phi=bilevel_objective("variance", divisor="sum"),
         equivariant=True,
+        kin="bilb4mtl-softmax",
     ),
     bilevel(
         "bilb4mtl-guarded",
@@ -106,6 +107,7 @@ OF_LOSSES = [
         "bilb4mtl_celeba",
         bilb.presets.bilb4mtl_celeba,
         phi=bilevel_objective(divisor="sum"),
+        kin="bilb4mtl-softmax",
     ),
     bilevel(
         "bilb4mtl_qm9",
@@ -114,7 +116,7 @@ OF_LOSSES = [
         values=log_over_initial_loss,
         phi=bilevel_objective(divisor="sum"),
         learns=initial_and_router,
-        kin="bilb4mtl_celeba",
+        kin="bilb4mtl-softmax",
     ),
     Method(
         "marigold",
@@ -206,6 +208,7 @@ OF_LOSSES = [
         {"beta": 0.1},
         phi=weighted_sum,
         learns=("weights", "last_losses", "seen"),
+        kin="dwa",
     ),
     Method(
         "softadapt-normalized",
@@ -216,7 +219,7 @@ OF_LOSSES = [
         phi=weighted_sum,
         sparse=True,
         learns=("weights", "last_losses", "seen"),
-        kin="softadapt",
+        kin="dwa",
     ),
     Method(
         "relobralo",
@@ -225,6 +228,7 @@ OF_LOSSES = [
         {"key": 7},
         phi=weighted_sum,
         learns=("weights", "last_losses", "initial_losses", "seen"),
+        kin="dwa",
     ),
     Method(
         "self_adaptive",
@@ -289,5 +293,6 @@ OF_LOSSES = [
             values.mean() - 2.0 * values.sum() / (values.size**0.5 * jnp.linalg.norm(values))
         ),
         learns=("weights",),
+        kin="pbi",
     ),
 ]

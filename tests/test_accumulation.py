@@ -36,8 +36,11 @@ def problem(batch=512, width=128):
 @pytest.mark.parametrize(
     "balancer",
     [
-        optax.chain(bilb.log_scale_by_initial_loss(), bilb.bilb4mtl(0.05)),
-        bilb.marigold(),
+        pytest.param(
+            optax.chain(bilb.log_scale_by_initial_loss(), bilb.bilb4mtl(0.05)),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(bilb.marigold(), marks=pytest.mark.slow),
         bilb.famo(),
     ],
     ids=["bilb4mtl", "marigold", "famo"],
@@ -68,6 +71,7 @@ def test_equals_the_whole_batch_and_updates_the_balancer_once(balancer):
     assert {int(step) for _, step in steps} == {20}
 
 
+@pytest.mark.slow
 def test_needs_the_memory_of_one_microbatch():
     params, data, microbatches = problem(batch=4096)
     balancer = bilb.bilb4mtl()

@@ -60,6 +60,8 @@ ENTRIES = [
     Entry("excess_mtl", bilb.excess_mtl, {"step_size": 0.5, "warmup_steps": 1}, ("num_tasks",)),
 ]
 every_aggregator = pytest.mark.parametrize("entry", ENTRIES, ids=str)
+some_fast = [entry for entry in ENTRIES if entry.name in ("moco", "excess_mtl")]
+mostly_slow_aggregators = pytest.mark.parametrize("entry", mostly_slow(ENTRIES, some_fast), ids=str)
 reading_losses = [entry for entry in ENTRIES if entry.name in ("db_mtl", "moco")]
 
 
@@ -135,7 +137,7 @@ def is_float(leaf):
     return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-@every_aggregator
+@mostly_slow_aggregators
 def test_half_precision_rounds_only_what_comes_out(entry):
     half = jax.tree.map(lambda g: g.astype(jnp.bfloat16), example_gradients())
     wide = jax.tree.map(lambda g: g.astype(jnp.float32), half)
@@ -148,7 +150,7 @@ def test_half_precision_rounds_only_what_comes_out(entry):
     assert_close(new, expected_state, rtol=1e-4, atol=1e-5)
 
 
-@every_aggregator
+@mostly_slow_aggregators
 def test_absent_tasks_are_as_if_they_did_not_exist_and_learn_nothing(entry):
     tasks = jnp.array([0, 2, 3])
     mask = jnp.zeros(K, bool).at[tasks].set(True)
@@ -210,7 +212,7 @@ def test_permuting_the_tasks_changes_nothing(entry):
     assert_close(permuted_state, take(entry, new, order), rtol=1e-4, atol=1e-4)
 
 
-@every_aggregator
+@mostly_slow_aggregators
 def test_steps_under_scan_and_vmap_are_the_steps_one_by_one(entry):
     aggregator, update = compiled(entry)
     steps = [example_gradients(seed=seed) for seed in range(3)]
@@ -280,6 +282,7 @@ def test_schedules_count_the_steps(direct, scheduled):
     assert_close(last(scheduled), last(direct))
 
 
+@pytest.mark.slow
 @every_aggregator
 def test_states_can_be_donated(entry):
     aggregator = entry.make()
@@ -303,7 +306,7 @@ def test_calls_outside_jit_compile_their_loops_once(entry, caplog):
     assert not [message for message in caplog.messages if "XLA compilation" in message]
 
 
-@every_aggregator
+@mostly_slow_aggregators
 def test_task_specific_leaves_get_sums_and_take_no_part(entry):
     shared = {"matrix": True, "vector": False, "scalar": True}
     mask = ALL.at[0].set(False)
@@ -340,6 +343,7 @@ def test_excess_mtl_can_sum_the_heads():
         bilb.excess_mtl(K, heads="mean")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
 @every_aggregator
 def test_explicitly_sharded_leaves_stay_sharded(entry):

@@ -36,6 +36,7 @@ BAD_INPUT = {
 }
 
 
+@pytest.mark.slow
 def test_bad_input_is_never_a_silent_nan(capsys):
     sequences = {
         name: [jax.tree.map(spoil, example_gradients(seed=seed)) for seed in range(3)]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import assert_close, assert_equal, jit
+from contract import assert_close, assert_equal, jit, mostly_slow
 from test_aggregators import ALL, LOSSES, PARAMS, K, example_gradients
 
 import bilb
@@ -54,7 +54,7 @@ def test_trimmed_mean_without_trimming_is_the_mean():
     assert_close(gradient, mean)
 
 
-@pytest.mark.parametrize("present", [1, 2, 3, 4])
+@pytest.mark.parametrize("present", mostly_slow([1, 2, 3, 4], fast=[2, 3]))
 def test_trimmed_mean_of_too_few_present_tasks_is_their_median(present):
     rows = jax.random.normal(jax.random.key(0), (5, 7))
     aggregator = bilb.trimmed_mean(2)
@@ -81,6 +81,7 @@ def test_db_mtl_of_logarithms_is_the_same_without_losses():
     assert_close(jit(bilb.db_mtl(K, log=False).update)(logs, state), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_moco_of_the_paper_ends_at_the_min_norm_weights_of_the_mean_gradients():
     mean = jnp.array([[1.0, 0.0, 0.2], [0.0, 2.0, 0.2], [0.3, 0.5, 0.0]])
     aggregator = bilb.moco(

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.x64
 AGGREGATIONS = oracle_names("f4_agg_K*")
 SEQUENCES = oracle_names("f4_seq_K*")
 TOLERANCE = 1e-9
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def cases(name, method):
@@ -110,8 +111,8 @@ def test_moco(name, method, hyperparameters):
 @pytest.mark.parametrize(
     ("method", "hyperparameters"),
     [
-        ("torchjd.ExcessMTL_s1", {"step_size": 1.0, "warmup_steps": 0}),
-        ("torchjd.ExcessMTL_s0.01", {"warmup_steps": 0}),
+        slow("torchjd.ExcessMTL_s1", {"step_size": 1.0, "warmup_steps": 0}),
+        slow("torchjd.ExcessMTL_s0.01", {"warmup_steps": 0}),
         ("torchjd.ExcessMTL_s0.01_warm3", {"warmup_steps": 3}),
         ("libmtl.ExcessMTL_s0.01", {}),
     ],
@@ -136,14 +137,14 @@ def task_losses(params, x, y):
 @pytest.mark.parametrize(
     ("method", "make"),
     [
-        ("DB_MTL_b0.9_s0", bilb.db_mtl),
-        ("DB_MTL_b0.5_s0.5", functools.partial(bilb.db_mtl, decay=0.5, sigma=0.5)),
-        ("MoCo_default", bilb.moco),
+        slow("DB_MTL_b0.9_s0", bilb.db_mtl),
+        slow("DB_MTL_b0.5_s0.5", functools.partial(bilb.db_mtl, decay=0.5, sigma=0.5)),
+        slow("MoCo_default", bilb.moco),
         ("MoCo_rho0.5", functools.partial(bilb.moco, rho=0.5)),
         ("ExcessMTL_s0.01", bilb.excess_mtl),
     ],
 )
-@pytest.mark.parametrize("name", ["f3_traj_K3", "f3_traj_K5"])
+@pytest.mark.parametrize("name", ["f3_traj_K3", slow("f3_traj_K5")])
 def test_trains_a_model_with_task_specific_heads_as_recorded(name, method, make):
     arrays = oracle(name)
     recorded = {key: arrays[f"libmtl.{method}/{key}"] for key in ("losses", "trunk_grad")}

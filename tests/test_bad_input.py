@@ -264,7 +264,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("call", "error", "message"), CASES.values(), ids=CASES)
+SLOW = ("module width", "module features")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name in SLOW))
+        for name, case in CASES.items()
+    ],
+)
 def test_arguments_out_of_range(call, error, message):
     with pytest.raises(error, match=re.compile(message, re.DOTALL)):
         call()

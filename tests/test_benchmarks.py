@@ -143,6 +143,7 @@ class TestRuns:
         assert not np.allclose(plain, order)
         assert not np.allclose(plain, clip)
 
+    @pytest.mark.slow
     def test_constant_weights_are_those_of_the_losses(self):
         # With weight 0 on the second task, it stays at its initial error.
         split = small_split()
@@ -176,6 +177,7 @@ class TestReduced:
 
 
 class TestMultiMNIST:
+    @pytest.mark.slow
     def test_patches_make_a_convolution(self):
         images, kernel = (
             jax.random.normal(jax.random.key(seed), shape)
@@ -197,6 +199,7 @@ class TestMultiMNIST:
         np.testing.assert_array_equal(canvases[:, 18, 18], np.maximum(left, right))
         np.testing.assert_array_equal(canvases[:, 0, -1], 0)
 
+    @pytest.mark.slow
     def test_network(self):
         network = multimnist.ConvNetwork((2, 3, 4), (10, 10))
         outputs, variables = network.init_with_output(jax.random.key(0), jnp.zeros((5, 36**2)))

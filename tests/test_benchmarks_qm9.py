@@ -66,9 +66,11 @@ class TestGraphs:
         [
             # element, then atomic number, aromatic, sp, sp2, sp3, hydrogens
             (methane, 0, [0, 1, 0, 0, 0, 6, 0, 0, 0, 1, 4]),
-            (methane, 1, [1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0]),
-            (formaldehyde, 0, [0, 1, 0, 0, 0, 6, 0, 0, 1, 0, 2]),
-            (cyanide, 2, [0, 0, 1, 0, 0, 7, 0, 1, 0, 0, 0]),
+            pytest.param(methane, 1, [1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0], marks=pytest.mark.slow),
+            pytest.param(
+                formaldehyde, 0, [0, 1, 0, 0, 0, 6, 0, 0, 1, 0, 2], marks=pytest.mark.slow
+            ),
+            pytest.param(cyanide, 2, [0, 0, 1, 0, 0, 7, 0, 1, 0, 0, 0], marks=pytest.mark.slow),
             (benzene, 3, [0, 1, 0, 0, 0, 6, 1, 0, 1, 0, 1]),
         ],
     )
@@ -126,6 +128,7 @@ class TestNetwork:
         actual = convolution.apply({"params": p}, atoms, edges, joined)
         np.testing.assert_allclose(actual, jnp.stack(expected), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.slow
     def test_shared_parameters(self):
         parameters = self.network.init(jax.random.key(0), *methane())
         shared = molecules.trunk(parameters)["params"]

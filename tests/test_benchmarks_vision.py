@@ -216,6 +216,7 @@ class Tiny(nn.Module):
 
 
 class TestTrainer:
+    @pytest.mark.slow
     def test_a_step_is_that_of_optax(self, rng):
         batch = {"image": jnp.asarray(rng.normal(2, 3, (6, 4)), jnp.float32), "y": jnp.ones((6, 2))}
         losses = lambda outputs, batch: jnp.mean((outputs - batch["y"]) ** 2, 0)

@@ -95,7 +95,7 @@ def replay(params, router, batches, penalty, *, form, optimizer, clip, every):
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", mostly_slow(OPTIMIZERS, fast=["sgd"]))
 @pytest.mark.parametrize("name", oracle_names("f1_ldc_*_K*"))
 def test_replays_the_official_training(name, optimizer, penalty):
     arrays = oracle(name)

@@ -13,7 +13,12 @@ import bilb
 SMALL = cost.Trunk(widths=(64, 64), batch=32, inputs=64)
 LARGE = cost.Trunk(widths=(512, 512, 512), batch=256, inputs=512)
 CASES = [
-    pytest.param(trunk, num_tasks, id=f"{name}-{num_tasks}")
+    pytest.param(
+        trunk,
+        num_tasks,
+        id=f"{name}-{num_tasks}",
+        marks=() if name == "small" and num_tasks in (8, 40) else pytest.mark.slow,
+    )
     for name, trunk in (("small", SMALL), ("large", LARGE))
     for num_tasks in (2, 8, 40, 200)
 ]

@@ -115,6 +115,7 @@ def test_bad_options(bad, match):
         make(**{"inner_steps": 2, **bad})
 
 
+@pytest.mark.slow
 def test_one_backward_pass_for_the_model_and_one_per_inner_step():
     """And one forward pass more, of the losses at z."""
     params = {"hidden": jnp.ones((3, 64, 64)), "heads": jnp.ones((64, 2))}

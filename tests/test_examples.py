@@ -255,6 +255,7 @@ class TestTraining:
         metres = 2.0 * np.abs(size - problem.test.targets[2]).mean()
         np.testing.assert_allclose(run.errors[seed, 2], metres, rtol=1e-3)
 
+    @pytest.mark.slow
     def test_single_task_networks_see_their_own_task_only(self):
         problem = small_problem()
         other = dataclasses.replace(
@@ -285,6 +286,7 @@ class TestTraining:
 
 
 class TestCommandLine:
+    @pytest.mark.slow
     @pytest.mark.parametrize("script", ["multidigits", "qm9"])
     def test_help(self, script):
         printed = help_of(EXAMPLES / f"{script}.py")

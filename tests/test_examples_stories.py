@@ -74,6 +74,7 @@ class TestCommandLines:
 
 
 class TestNNX:
+    @pytest.mark.slow
     def test_statistics_leave_and_those_given_stay(self):
         problem = multidigits.make_problem(multidigits.Options())
         graph, parameters, statistics = flax_nnx.split(
@@ -163,6 +164,7 @@ class TestLanguage:
             assert target.max() % 100_000 < 18_000  # the last tenth is for testing
             assert problem.test.inputs[:, k].min() % 100_000 >= 18_000
 
+    @pytest.mark.slow
     def test_the_network_does_not_look_ahead(self):
         network = language.Transformer(texts=2, layers=1, heads=2, width=8)
         symbols = jnp.zeros((1, 2, language.CONTEXT), int)

@@ -7,7 +7,7 @@ import optax
 import pytest
 import toy
 from conftest import oracle, oracle_names, relative_deviation
-from contract import jit
+from contract import jit, mostly_slow
 
 import bilb
 
@@ -27,7 +27,9 @@ RECORDED = {
 
 @pytest.mark.x64
 @pytest.mark.parametrize("file", oracle_names("f3_static_K*"))
-@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize(
+    "name", mostly_slow(RECORDED, fast=["famo_py.g0.01", "famo_py.g0.5_minloss"])
+)
 def test_replays_recorded_losses(file, name):
     recorded = oracle(file)
     options = dict(RECORDED[name])

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import assert_close, assert_equal, jit
+from contract import assert_close, assert_equal, jit, mostly_slow
 
 import bilb
 
@@ -74,6 +74,7 @@ def test_batches_of_their_own_for_the_three_factors(balancer, number):
         assert np.abs(transposed.memory - expected.memory).max() > 1e-5
 
 
+@pytest.mark.slow
 def test_the_exact_sdmgrad_is_where_small_steps_end():
     gram = of_rows([1, 0.2, 0], [-0.5, 1, 0.3], [0.1, -0.4, 2])
     steps = weights_of(bilb.sdmgrad(steps=2000, learning_rate=0.1, momentum=0.0), gram)
@@ -108,7 +109,7 @@ def test_pcgrad_of_two_tasks_projects_both():
     np.testing.assert_array_equal(weights_of(bilb.pcgrad(), of_rows([1, 0], [1, 1])), [1, 1])
 
 
-@pytest.mark.parametrize("method", [bilb.pcgrad, bilb.gradvac])
+@pytest.mark.parametrize("method", mostly_slow([bilb.pcgrad, bilb.gradvac], [bilb.pcgrad]))
 def test_the_orders_are_drawn_anew_and_by_the_key(method):
     """Three gradients in the plane, all in conflict: the order decides."""
     gram = of_rows([1, 0], [-0.6, 1.2], [-0.5, -1.1])
@@ -188,6 +189,7 @@ def test_imtl_g_ascends_where_the_solution_has_a_negative_sum():
     assert (rows @ (weights @ rows) < 0).all()
 
 
+@pytest.mark.slow
 def test_aligned_components_have_one_length():
     rows = np.random.default_rng(1).normal(size=(3, 7))
     gram = rows @ rows.T
@@ -204,6 +206,7 @@ def test_aligned_components_have_one_length():
         np.testing.assert_allclose(aligned, sigma * np.eye(3), atol=1e-4 * eigenvalues[-1])
 
 
+@pytest.mark.slow
 def test_pcd_gives_the_others_their_share_and_no_more():
     rows = np.array([[1.0, 0.0, 0.0], [-1.0, 2.0, 0.0], [0.0, 0.0, 3.0]], np.float32)
     direction = weights_of(bilb.pcd(tau=0.2, eps=0.0), of_rows(*rows)) @ rows
@@ -245,6 +248,7 @@ def test_krum_leaves_outliers_out():
     np.testing.assert_allclose(weights, np.array(mask) / 3, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_cr_mogm_asks_for_what_its_inner_method_reads():
     balancer = bilb.cr_mogm(bilb.mgda())
     losses = jnp.ones(2)
@@ -258,6 +262,7 @@ def test_cr_mogm_asks_for_what_its_inner_method_reads():
     np.testing.assert_allclose(state.effective_weights, state.balancer.weights, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_cr_mogm_with_alpha_zero_is_its_inner_method_and_with_one_stands_still():
     losses = jnp.array([1.0, 2.0])
     grams = [jnp.diag(jnp.array([4.0, 1.0])), jnp.eye(2)]

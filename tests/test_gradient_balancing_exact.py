@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import oracle, oracle_names
-from contract import jit
+from contract import jit, mostly_slow
 
 import bilb
 from bilb import metrics
@@ -33,7 +33,6 @@ EXACT = {
     "fairgrad_2": ("fairgrad_a2", bilb.fairgrad, 1.0),
     "fairgrad_0.5": ("fairgrad_a0.5", lambda: bilb.fairgrad(0.5), 1.0),
 }
-every_exact = pytest.mark.parametrize("method", EXACT)
 every_file = pytest.mark.parametrize("name", FILES)
 
 
@@ -81,7 +80,7 @@ def relative_to(method):
 
 
 @pytest.mark.x64
-@every_exact
+@pytest.mark.parametrize("method", EXACT)
 @every_file
 def test_exact_solutions(name, method):
     row, factory, divisor = EXACT[method]
@@ -98,7 +97,9 @@ def test_exact_solutions(name, method):
     assert seen >= 7
 
 
-@every_exact
+@pytest.mark.parametrize(
+    "method", mostly_slow(EXACT, fast=["mgda", "upgrad_reg", "nash_mtl", "fairgrad_2"])
+)
 @every_file
 def test_exact_solutions_in_float32(name, method):
     row, factory, divisor = EXACT[method]
@@ -165,6 +166,7 @@ def test_official_fairgrad(name, alpha):
     assert seen >= 6
 
 
+@pytest.mark.slow
 @pytest.mark.x64
 @every_file
 def test_as_good_as_the_best_recorded_solver(name):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contract import mostly_slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,6 +47,7 @@ NON_CONFLICTING = {
 EQUIVARIANT = [m for m in METHODS if m not in ("pcgrad", "gradvac", "pcd")]
 LINEAR_UNDER_SCALING = ("upgrad", "config")
 STRONGLY_STATIONARY = ("upgrad", "upgrad-default", "dualproj")
+FAST = ("mgda", "nash_mtl", "fairgrad", "imtl_g", "aligned_mtl", "config", "krum", "modo")
 SCALES = (0.0, 1e-10, 1e3, 1e5, 1e10, 1e15)
 MOST_TASKS, MOST_PARAMS = 50, 100
 
@@ -124,7 +126,7 @@ def aggregate(name, rows):
 few = settings(max_examples=20)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", mostly_slow(METHODS, FAST))
 @few
 @given(rows=task_gradients(), scale=st.sampled_from(SCALES))
 def test_every_rank_and_scale_gives_a_finite_gradient(name, rows, scale):
@@ -167,7 +169,7 @@ def test_the_order_of_the_tasks_does_not_matter(name, rows, random):
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("name", LINEAR_UNDER_SCALING)
+@pytest.mark.parametrize("name", mostly_slow(LINEAR_UNDER_SCALING, ["config"]))
 @few
 @given(rows=task_gradients(independent=True), seed=seeds)
 def test_the_gradient_is_linear_in_the_scales_of_the_tasks(name, rows, seed):
@@ -178,7 +180,7 @@ def test_the_gradient_is_linear_in_the_scales_of_the_tasks(name, rows, seed):
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("name", STRONGLY_STATIONARY)
+@pytest.mark.parametrize("name", mostly_slow(STRONGLY_STATIONARY, ["dualproj"]))
 @few
 @given(drawn=weakly_stationary())
 def test_only_strong_stationarity_stops_the_training(name, drawn):

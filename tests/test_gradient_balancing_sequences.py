@@ -1,5 +1,7 @@
 """Methods that remember, over recorded sequences of task gradients, in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -14,6 +16,7 @@ pytestmark = pytest.mark.x64
 
 SEQUENCES = oracle_names("f4_seq_K*")
 TOLERANCE = 1e-9
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 every_sequence = pytest.mark.parametrize("name", SEQUENCES)
 
 
@@ -57,7 +60,7 @@ def follows_given():
     ("case", "alpha", "inner", "start"),
     [
         ("UPGrad_a0.9", 0.9, "UPGrad", None),
-        ("MGDA_a0.5", 0.5, "MGDA_tight", None),
+        slow("MGDA_a0.5", 0.5, "MGDA_tight", None),
         ("UPGrad_a0.9_init", 0.9, "UPGrad", "equal"),
     ],
 )
@@ -81,7 +84,7 @@ def test_cr_mogm_of_upgrad(name):
     assert relative_deviation(state.weights, expected) < TOLERANCE
 
 
-@pytest.mark.parametrize(("tau", "beta"), [(0.02, 0.999), (0.3, 0.9)])
+@pytest.mark.parametrize(("tau", "beta"), [(0.02, 0.999), slow(0.3, 0.9)])
 @every_sequence
 def test_pcd(name, tau, beta):
     rows, *_ = batches(name)
@@ -90,7 +93,7 @@ def test_pcd(name, tau, beta):
     assert relative_deviation(state.weights, expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("code", ["torchjd", "libmtl"])
+@pytest.mark.parametrize("code", [slow("torchjd"), "libmtl"])
 @every_sequence
 def test_gradvac_in_recorded_orders(name, code):
     arrays = oracle(name)
@@ -132,11 +135,11 @@ def test_pcgrad_in_recorded_orders(name):
 @pytest.mark.parametrize(
     ("every", "case"),
     [
-        (1, "torchjd.NashMTL_every1_norm0"),
+        slow(1, "torchjd.NashMTL_every1_norm0"),
         (1, "torchjd.NashMTL_every1_norm1"),
-        (1, "nash_repo.NashMTL_every1"),
+        slow(1, "nash_repo.NashMTL_every1"),
         (3, "torchjd.NashMTL_every3_norm0"),
-        (3, "nash_repo.NashMTL_every3"),
+        slow(3, "nash_repo.NashMTL_every3"),
     ],
 )
 @every_sequence
@@ -178,9 +181,9 @@ def test_modo_on_three_batches(name):
 @pytest.mark.parametrize(
     ("case", "options"),
     [
-        ("l0.3", {}),
+        slow("l0.3", {}),
         ("l0.6_lr5", {"lamb": 0.6, "learning_rate": 5.0}),
-        ("l0.3_lr0.5_n50", {"learning_rate": 0.5, "steps": 50}),
+        slow("l0.3_lr0.5_n50", {"learning_rate": 0.5, "steps": 50}),
     ],
 )
 @every_sequence

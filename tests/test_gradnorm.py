@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import jit
+from contract import jit, mostly_slow
 
 import bilb
 
@@ -119,8 +119,8 @@ def test_gets_its_norms_from_value_and_grad():
     assert not np.allclose(expected.scales, 1.0)
 
 
-@pytest.mark.parametrize("guarded", [False, True])
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("guarded", mostly_slow([False, True], fast=[False]))
+@pytest.mark.parametrize("bad", mostly_slow([jnp.nan, jnp.inf], fast=[jnp.inf]))
 def test_a_task_whose_norm_is_not_finite_is_absent(bad, guarded):
     """The others are weighed as if it did not exist; its own entries wait for its next norm."""
     rows, norms = np.random.default_rng(9).uniform(0.5, 2.0, (2, 8, 3))
@@ -139,7 +139,14 @@ def test_a_task_whose_norm_is_not_finite_is_absent(bad, guarded):
     assert weights[7, 1] != weights[2, 1]
 
 
-@pytest.mark.parametrize(("scheme", "size"), [("softmax", 1e20), ("softmax", 3e38), ("sum", 3e38)])
+@pytest.mark.parametrize(
+    ("scheme", "size"),
+    [
+        pytest.param("softmax", 1e20, marks=pytest.mark.slow),
+        ("softmax", 3e38),
+        ("sum", 3e38),
+    ],
+)
 def test_one_enormous_norm_does_not_freeze_the_weights(scheme, size):
     """Adam forgets its square after ln(1e33) / 1e-3 steps."""
     norms = jnp.full((100_000, 2), jnp.array([1.0, 4.0])).at[1, 0].set(size)

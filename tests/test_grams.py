@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import jit
+from contract import jit, mostly_slow
 
 import bilb
 
@@ -77,7 +77,7 @@ def test_all_engines_give_the_same_gram_matrix_norms_and_gradient(engine, shared
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", mostly_slow(ENGINES, fast=["exact"]))
 def test_engines_are_callable_by_hand(engine):
     jacobian = jacobian_of(INPUTS)
     gram = ENGINES[engine](task_losses, PARAMS, INPUTS)
@@ -150,6 +150,7 @@ class TestRepresentation:
         chex.assert_trees_all_close(grads, expected, rtol=1e-9)
         np.testing.assert_allclose(losses, task_losses(PARAMS, INPUTS), rtol=1e-12)
 
+    @pytest.mark.slow
     @pytest.mark.x64
     def test_slopes_and_losses_after_work_as_in_value_and_grad(self):
         z = trunk(PARAMS, INPUTS)
@@ -195,6 +196,7 @@ class TestSketch:
         assert values[-1] > 0
         np.testing.assert_allclose(values[:-1], 0, atol=1e-5 * values[-1])
 
+    @pytest.mark.slow
     def test_directions_depend_on_key_and_step_alone(self):
         take = lambda key, step: bilb.grams.sketch(key=key)(task_losses, PARAMS, INPUTS, step=step)
         np.testing.assert_array_equal(take(0, 3), take(jax.random.key(0), 3))

@@ -103,6 +103,7 @@ def test_help_of_the_package_is_an_index():
     assert named <= public
 
 
+@pytest.mark.slow
 def test_plots_are_there_and_do_not_import_matplotlib():
     script = (
         "import sys, bilb; bilb.plots.losses_over_time; "

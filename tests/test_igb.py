@@ -125,6 +125,7 @@ class TestV2:
         assert state.buffer.size == 0
         chex.assert_trees_all_equal(state.agent, balancer.init(losses[0]).agent)
 
+    @pytest.mark.slow
     def test_effective_weights(self):
         losses = random_losses(10)
         _, update = compiled(small)
@@ -156,6 +157,7 @@ class TestV2:
         np.testing.assert_allclose(rows.rewards[last], gap.min(), rtol=1e-5)
         chex.assert_tree_all_finite(new._replace(key=0))
 
+    @pytest.mark.slow
     def test_nobody_present(self):
         losses = random_losses(9)
         _, update = compiled(small)

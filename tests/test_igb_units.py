@@ -20,6 +20,7 @@ def run(balancer, losses):
     return state, weights
 
 
+@pytest.mark.slow
 def test_in_units_of_the_base_losses_no_scale_is_seen():
     losses = random_losses(22)  # fewer than the buffer keeps
     state, weights = run(BASE(), losses)

@@ -93,7 +93,7 @@ def check(task_losses, params, *args, has_aux=False, rtol=1e-10, atol=1e-12):
 @pytest.mark.parametrize(
     "task_losses",
     [
-        mlp,
+        pytest.param(mlp, marks=pytest.mark.slow),
         lambda params, inputs: mlp(params, inputs, scaled_tanh),
         scanned,
         lambda params, inputs: scanned(params, inputs, jax.checkpoint),
@@ -118,6 +118,7 @@ def test_batch_statistics_and_dropout_come_back_as_aux():
     assert all(jax.tree.leaves(moved))
 
 
+@pytest.mark.slow
 def test_half_precision_parameters_keep_their_dtype():
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), dense_params())
     single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)

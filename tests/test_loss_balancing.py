@@ -11,6 +11,7 @@ from scipy.special import logsumexp, softmax
 
 import bilb
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
 
 
@@ -69,6 +70,7 @@ def test_rlw_sums_to_the_number_of_present_tasks():
     assert_close(run(bilb.rlw(sum_to="one"), jnp.ones((1, 4)), mask)[0].sum(), 1.0)
 
 
+@pytest.mark.slow
 def test_rlw_samples_from_the_given_distribution():
     _, weights, _ = run(bilb.rlw(sample=jax.random.uniform), jnp.ones((500, 3)))
     assert (weights.max(1) / weights.min(1)).max() <= np.e + 1e-5
@@ -151,11 +153,13 @@ def test_dwa_temperature_may_be_a_schedule_and_the_weights_may_sum_to_one():
     ("make", "numbers"),
     [
         (bilb.linear_scalarization, lambda step: jnp.array([1.0, 2.0, 0.5]) * step),
-        (lambda mu: bilb.stch(mu), lambda step: 0.1 + step),
+        slow(lambda mu: bilb.stch(mu), lambda step: 0.1 + step),
         (lambda r: bilb.stch(preference=r), lambda step: 1.0 + step),
-        (lambda r: bilb.pbi(preference=r), lambda step: jnp.array([1.0, 2.0, 0.5]) ** step),
+        slow(lambda r: bilb.pbi(preference=r), lambda step: jnp.array([1.0, 2.0, 0.5]) ** step),
         (lambda z: bilb.pbi(reference=z), lambda step: 0.1 * step),
-        (lambda r: bilb.cosmos(2.0, preference=r), lambda step: jnp.array([0.5, 0.2, 0.5]) + step),
+        slow(
+            lambda r: bilb.cosmos(2.0, preference=r), lambda step: jnp.array([0.5, 0.2, 0.5]) + step
+        ),
     ],
     ids=["weights", "mu", "stch", "pbi", "reference", "cosmos"],
 )
@@ -286,7 +290,7 @@ def test_pbi_ends_on_the_ray_and_may_let_a_loss_rise():
     assert_close(weights, preference / jnp.sqrt(10.0))
 
 
-@pytest.mark.parametrize("factory", [bilb.stch, bilb.pbi])
+@pytest.mark.parametrize("factory", [bilb.stch, slow(bilb.pbi)])
 def test_scalarisations_take_the_preference_of_the_call(factory):
     losses, given = jnp.array([2.0, 0.5]), jnp.array([0.9, 0.1])
     balancer, constant = factory(), factory(preference=given)

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import oracle, oracle_names, relative_deviation
+from contract import mostly_slow
 
 import bilb
 
@@ -143,7 +144,9 @@ def learnt(state, recorded, name):
 
 
 @pytest.mark.parametrize("file", oracle_names("f3_static_K*"))
-@pytest.mark.parametrize("name", STATIC)
+@pytest.mark.parametrize(
+    "name", mostly_slow(STATIC, fast={*STATIC} - {"famo_repo.rlw", "igb_repo.rlw"})
+)
 def test_replays_recorded_losses(file, name):
     recorded = numbers(file)
     make, tolerance, factor = STATIC[name]
@@ -184,6 +187,7 @@ def test_every_recorded_variant_is_replayed_here_or_elsewhere():
     assert recorded - elsewhere == set(STATIC)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", oracle_names("f4_seq_K*"))
 def test_gradnorm_replays_recorded_task_gradients(file):
     recorded = oracle(file)

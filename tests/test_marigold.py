@@ -80,7 +80,8 @@ def gram_trace(task_losses, x):
     return jnp.sum(jax.jacobian(task_losses)(x) ** 2)
 
 
-SIZES = [(0, 2, 2), (1, 2, 10), (2, 3, 2), (3, 3, 10)]
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+SIZES = [slow(0, 2, 2), slow(1, 2, 10), (2, 3, 2), slow(3, 3, 10)]
 
 
 @pytest.mark.slow
@@ -186,6 +187,7 @@ def test_finite_difference_along_nothing_is_zero():
     np.testing.assert_array_equal(slopes, jnp.zeros(2))
 
 
+@pytest.mark.slow
 @pytest.mark.x64
 def test_a_chain_pushes_the_slopes_through():
     """After one step the weights are those that the slopes of the log losses ask for."""
@@ -249,7 +251,7 @@ def test_on_logs_it_has_the_trajectory_of_slopes_divided_by_losses():
     assert jnp.ptp(expected[1][-1]) > 0.1
 
 
-@pytest.mark.parametrize("link", [None, bilb.log_losses()])
+@pytest.mark.parametrize("link", [None, slow(bilb.log_losses())])
 def test_slope_fn_and_inner_steps_solve_the_problem_at_once(link):
     task_losses, _, x = quadratics(4, 3, 10)
     x = 0.2 * x
@@ -266,7 +268,7 @@ def test_slope_fn_and_inner_steps_solve_the_problem_at_once(link):
     np.testing.assert_allclose(optax.tree.get(state, "weights"), exact, atol=2e-3)
 
 
-@pytest.mark.parametrize("scheme", ["softmax", "projection", "exponentiated"])
+@pytest.mark.parametrize("scheme", ["softmax", slow("projection"), "exponentiated"])
 def test_first_call_learns_nothing(scheme):
     balancer = bilb.marigold(scheme=scheme, regularization=1.0)
     losses = jnp.array([1.0, 2.0, 3.0])
@@ -315,7 +317,7 @@ def solve(lower, scheme="softmax", optimizer=None, steps=20_000, entry=-0.6, **o
 @pytest.mark.x64
 @pytest.mark.parametrize(
     ("lower", "exponent"),
-    [("nash", 1.0), ("fairgrad", 0.5), (bilb.lower_levels.fairgrad(alpha=1.0), 1.0)],
+    [("nash", 1.0), ("fairgrad", 0.5), slow(bilb.lower_levels.fairgrad(alpha=1.0), 1.0)],
 )
 def test_fair_lower_levels_reach_their_balance(lower, exponent):
     gram, weights = solve(lower)
@@ -353,6 +355,7 @@ def test_lower_levels_end_where_the_gradient_balancing_methods_are(lower):
     assert jnp.ptp(weights) > 0.05
 
 
+@pytest.mark.slow
 def test_a_constant_regulariser_slides_to_equal_weights():
     task_losses, _, x = quadratics(3, 3, 10)
     trace = gram_trace(task_losses, x)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import jit
+from contract import jit, mostly_slow
 from test_marigold import conflicting, follow, quadratics
 
 import bilb
@@ -55,7 +55,9 @@ def test_bound_and_regularization_follow_schedules():
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("name", ["mgda", "sdmgrad", "cagrad"])
+@pytest.mark.parametrize(
+    "name", mostly_slow(["mgda", "sdmgrad", "cagrad"], fast=["sdmgrad", "cagrad"])
+)
 def test_gradients_are_those_of_the_problems_as_written(name):
     rows = np.random.default_rng(0).normal(size=(3, 4))
     norm = lambda w: jnp.linalg.norm(w @ rows)
@@ -87,7 +89,7 @@ def test_fairgrad_remembers_the_largest_imbalance():
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("scheme", ["softmax", "projection"])
+@pytest.mark.parametrize("scheme", mostly_slow(["softmax", "projection"], fast=["softmax"]))
 def test_a_lower_level_of_ones_own_may_project_by_a_partial(scheme):
     project = functools.partial(optax.projections.projection_simplex, scale=1.0)
     own = bilb.lower_levels.mgda()._replace(project=project)
@@ -105,7 +107,7 @@ INJECTED = {
 }
 
 
-@pytest.mark.parametrize("name", INJECTED)
+@pytest.mark.parametrize("name", mostly_slow(INJECTED, fast=["marigold"]))
 def test_the_documented_call_of_inject_hyperparams_works_in_value_and_grad(name):
     factory, static, hyperparams = INJECTED[name]
     task_losses, _, x = quadratics(0, 2, 2)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contract import mostly_slow
 
 import bilb
 
@@ -65,9 +66,13 @@ BALANCERS = {
 }
 
 
+NAMED = [*((name, "dict") for name in BALANCERS), *(("losses", form) for form in [*FORMS][1:])]
+ALWAYS = [("losses", "dict"), ("slopes", "dict"), ("losses", "namedtuple")]
+
+
 @pytest.mark.parametrize(
     ("name", "form"),
-    [*((name, "dict") for name in BALANCERS), *(("losses", form) for form in [*FORMS][1:])],
+    [pytest.param(*case, marks=[slow] * (case not in ALWAYS)) for case in NAMED],
 )
 def test_value_and_grad_takes_losses_in_any_form(name, form):
     of = FORMS[form]
@@ -81,6 +86,7 @@ def test_value_and_grad_takes_losses_in_any_form(name, form):
     assert len({*np.asarray(of_vector.effective_weights).tolist()}) == 3
 
 
+@pytest.mark.slow
 def test_aux_features_and_half_precision_are_as_with_a_vector():
     router = bilb.routers.linear_softmax(2, clip=None)
 
@@ -233,7 +239,11 @@ def test_a_shared_representation_keeps_the_names():
     assert_close(state.effective_weights, by_name(of_vector.effective_weights))
 
 
-@pytest.mark.parametrize("num_tasks", [3, ("segmentation", "depth", "normals")], ids=["K", "names"])
+@pytest.mark.parametrize(
+    "num_tasks",
+    [pytest.param(3, marks=slow), ("segmentation", "depth", "normals")],
+    ids=["K", "names"],
+)
 def test_aggregate_by_takes_named_losses(num_tasks):
     balancer = bilb.chain(bilb.log_losses(), bilb.divide_by(VALUES if num_tasks != 3 else IN_ORDER))
     aggregator = bilb.aggregate_by(balancer, num_tasks)
@@ -312,12 +322,7 @@ def training_steps(task_losses, each):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "double_loop",
-        "auto_lambda",
-        pytest.param("moml", marks=slow),
-        pytest.param("forum", marks=slow),
-    ],
+    mostly_slow(["double_loop", "auto_lambda", "moml", "forum"], fast=["auto_lambda"]),
 )
 def test_training_steps_take_and_return_named_losses(name):
     batches = (0.1,) if name == "double_loop" else (0.1, 0.2)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import assert_close, assert_finite, jit, numbers
+from contract import assert_close, assert_finite, jit, mostly_slow, numbers
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import bilb
@@ -33,6 +33,11 @@ AGGREGATORS = {
     "excess_mtl": functools.partial(bilb.excess_mtl, K),
 }
 every_aggregator = pytest.mark.parametrize("make", AGGREGATORS.values(), ids=AGGREGATORS)
+mostly_slow_aggregators = pytest.mark.parametrize(
+    "make",
+    mostly_slow(AGGREGATORS.values(), fast=[by_logs, AGGREGATORS["db_mtl"], AGGREGATORS["moco"]]),
+    ids=AGGREGATORS,
+)
 
 
 def task_losses(params, inputs=INPUTS):
@@ -65,7 +70,7 @@ def as_extra_args(wrapper):
     return optax.GradientTransformationExtraArgs(wrapper.init, wrapper.update)
 
 
-@every_aggregator
+@mostly_slow_aggregators
 def test_first_in_a_chain_with_adam_it_trains(make):
     params, state = train(
         optax.chain(make(), optax.add_decayed_weights(1e-4), optax.adam(0.05)), 30
@@ -147,7 +152,7 @@ def test_apply_if_finite_around_it_is_an_error():
         jax.eval_shape(update, ROWS, optimizer.init(PARAMS), PARAMS)
 
 
-@every_aggregator
+@mostly_slow_aggregators
 def test_partition_aggregates_each_group_by_itself(make):
     trunk = optax.chain(make(), optax.sgd(0.1))
     heads = optax.chain(bilb.aggregate_by(bilb.linear_scalarization(), K), optax.sgd(1.0))
@@ -186,7 +191,9 @@ def test_half_precision_parameters_get_half_precision_updates(make):
 
 
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
-@pytest.mark.parametrize("make", [by_mgda, by_logs], ids=["mgda", "logs"])
+@pytest.mark.parametrize(
+    "make", mostly_slow([by_mgda, by_logs], fast=[by_logs]), ids=["mgda", "logs"]
+)
 def test_explicitly_sharded_leaves_stay_sharded(make):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     params = {"wide": jnp.ones((4, 16)), "whole": jnp.ones(3)}
@@ -225,6 +232,7 @@ def test_what_a_mask_leaves_out_stays_stacked_and_partition_is_the_remedy():
     assert_close(whole["heads"], ROWS["heads"].sum(0))
 
 
+@pytest.mark.slow
 def test_the_memory_of_task_gradients_grows_with_the_chunk_and_not_with_the_tasks():
     inputs = jnp.ones((2, 256))
 

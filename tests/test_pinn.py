@@ -13,6 +13,7 @@ import pinn
 import pytest
 import scipy.integrate
 from conftest import help_of
+from contract import mostly_slow
 from equations import EQUATIONS
 
 EXAMPLES = pathlib.Path(pinn.__file__).parent
@@ -85,7 +86,7 @@ class TestEquations:
         np.testing.assert_allclose(second, expected, rtol=1e-12)
 
     @pytest.mark.x64
-    @pytest.mark.parametrize("name", SOLUTIONS)
+    @pytest.mark.parametrize("name", mostly_slow(SOLUTIONS, fast=["poisson", "wave", "wave_slow"]))
     def test_losses_of_the_solution_are_zero(self, name):
         equation, solution = EQUATIONS[name], SOLUTIONS[name]
         points = equation.draw(jax.random.key(0))
@@ -222,6 +223,7 @@ class TestReferences:
 
 
 class TestTraining:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "method"), [("poisson", "constant"), ("burgers_viscous", "root+marigold_nash")]
     )
@@ -249,13 +251,10 @@ class TestTraining:
 
     @pytest.mark.parametrize(
         "method",
-        [
-            *("root+nash_mtl", "log+graddrop"),
-            *(
-                pytest.param(name, marks=pytest.mark.slow)
-                for name in [*pinn.METHODS, *balancers.AGGREGATORS]
-            ),
-        ],
+        mostly_slow(
+            ["root+nash_mtl", "log+graddrop", *pinn.METHODS, *balancers.AGGREGATORS],
+            fast=["log+graddrop"],
+        ),
     )
     def test_every_method_can_be_trained(self, method):
         """Traces a step of every method."""
@@ -287,6 +286,7 @@ class TestTraining:
 
 
 class TestCommandLine:
+    @pytest.mark.slow
     @pytest.mark.parametrize("script", [EXAMPLES / "pinn.py", BENCHMARK])
     def test_help(self, script):
         printed = help_of(script)

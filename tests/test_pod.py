@@ -72,21 +72,14 @@ def steps(method, mesh, count=4):
     return batch, state, losses
 
 
+few_shards = pytest.mark.parametrize("shards", mostly_slow([1, 2], fast=[1]))
 OF_A_KIND = ["bilb4mtl", "si+mgda", "igb_v1+famo", "graddrop"]
 
 
-@pytest.mark.parametrize(
-    ("axis_type", "shards"),
-    [
-        (AxisType.Auto, 2),
-        (AxisType.Explicit, 1),
-        pytest.param(AxisType.Explicit, 2, marks=SLOW),
-        pytest.param(AxisType.Auto, 1, marks=SLOW),
-    ],
-)
-@pytest.mark.parametrize(
-    "method", [pytest.param(m, marks=[SLOW] * (m != "bilb4mtl")) for m in OF_A_KIND]
-)
+@SLOW
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("method", OF_A_KIND)
 def test_training_on_eight_devices_is_that_on_one(method, axis_type, shards):
     mesh = pod.make_mesh(shards, axis_type)
     batch, state, losses = steps(method, mesh)
@@ -136,7 +129,7 @@ def assert_adds_reductions(found, plain, at_most, num_tasks=K):
     assert size <= plain_size + at_most * 4 * num_tasks
 
 
-@pytest.mark.parametrize("shards", [1, 2])
+@few_shards
 @pytest.mark.parametrize("method", mostly_slow([m for m in READ_LOSSES if m != "ls"], ["bilb4mtl"]))
 def test_methods_of_the_first_rung_add_one_reduction_of_k_floats_at_most(method, shards):
     found, plain = collectives(method, shards)[0], collectives("ls", shards)[0]
@@ -147,7 +140,7 @@ SLOPES = mostly_slow([(method, "exact") for method in READ_SLOPES], [("marigold"
 SKETCH = pytest.param(("mgda", "sketch"), marks=SLOW)
 
 
-@pytest.mark.parametrize("shards", [1, 2])
+@few_shards
 @pytest.mark.parametrize("method_and_gram", [*SLOPES, SKETCH], ids="-".join)
 def test_slopes_and_sketches_add_two_reductions_of_k_floats_at_most(method_and_gram, shards):
     method, gram = method_and_gram
@@ -224,7 +217,7 @@ def test_losses_after_a_step_are_taken_on_its_own_batch():
     assert jnp.ptp(expected.effective_weights) > 1e-3
 
 
-@pytest.mark.parametrize("shards", [1, 2])
+@few_shards
 def test_gram_matrices_at_a_representation_move_what_depends_on_the_tasks_alone(shards):
     """Whatever the trunk: K columns of K floats, and one for the losses."""
     mesh, placed = pod.make_mesh(shards), NamedSharding(pod.make_mesh(shards), pod.BATCH)

@@ -78,6 +78,7 @@ def bits(tree):
     return jax.tree.map(lambda leaf: np.asarray(leaf).tobytes(), numbers(tree))
 
 
+@SLOW
 def test_checkpoints_are_exact_for_every_method_on_as_many_devices_fewer_and_more(tmp_path):
     whole = whole_state()
     assert {method.name for method in METHODS} <= {*whole.balance}
@@ -148,8 +149,8 @@ def cut_seal(folder):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (cut_short, "bytes instead of"),
-        (lose, "is missing"),
+        pytest.param(cut_short, "bytes instead of", marks=SLOW),
+        pytest.param(lose, "is missing", marks=SLOW),
         (alter, "has been altered"),
         (cut_seal, "cannot be read"),
     ],
@@ -218,7 +219,8 @@ def test_a_state_of_other_tasks_or_links_is_an_error_that_names_them(tmp_path, o
                 kept.restore()
 
 
-@pytest.mark.parametrize("method", ["bilb4mtl", pytest.param("igb_v2", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("method", ["bilb4mtl", "igb_v2"])
 def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, capsys, method):
     """Its state was donated while it was being written."""
     mesh = pod.make_mesh(2)

@@ -85,7 +85,12 @@ def test_values_and_weights_of_any_finite_losses(name):
     assert (error <= 2e-5 * (np.abs(balanced).astype(float).sum(1) + np.abs(expected))).all()
 
 
-@pytest.mark.parametrize("name", ["adjacent", "pairwise", "spread", "variance"])
+@pytest.mark.parametrize(
+    "name",
+    mostly_slow(
+        ["adjacent", "pairwise", "spread", "variance"], fast=["adjacent", "spread", "variance"]
+    ),
+)
 def test_discrepancies_and_their_derivatives(name):
     function = jax.value_and_grad(getattr(bilb.discrepancies, name))
     single, double = in_both_precisions(function, SIGNED)
@@ -107,7 +112,7 @@ LINKS = {
 }
 
 
-@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize("name", mostly_slow(LINKS, fast=["scale_by_initial_ratio"]))
 def test_losses_relative_to_initial_ones_of_any_size(name):
     link = LINKS[name]
 
@@ -158,9 +163,10 @@ LEARNERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", mostly_slow(LEARNERS, fast=[name for name in LEARNERS if name != "igb_v2"])
-)
+SLOW = ("bilb4mtl-sigmoid-variance-None", "bilb4mtl-softmax-adjacent-sum", "igb_v2")
+
+
+@pytest.mark.parametrize("name", mostly_slow(LEARNERS, fast={*LEARNERS} - {*SLOW}))
 def test_what_is_learnt_from_losses_of_any_size_stays_finite(name):
     balancer = LEARNERS[name]
     rows = SIGNED if name.startswith("bilb4mtl") else POSITIVE

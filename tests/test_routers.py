@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import example_losses
+from contract import example_losses, mostly_slow
 from method_parts import DISCREPANCIES, NUM_FEATURES, Network, bilevel_objective
 
 import bilb
@@ -48,7 +48,10 @@ def test_initial_weights_are_those_of_the_paper():
     [
         lambda key: routers.relu_sigmoid(key=key),
         lambda key: routers.linear_softmax(NUM_FEATURES, None, key),
-        lambda key: routers.from_module(Network(K), jnp.zeros((1, NUM_FEATURES)), key),
+        pytest.param(
+            lambda key: routers.from_module(Network(K), jnp.zeros((1, NUM_FEATURES)), key),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["relu_sigmoid", "linear_softmax", "from_module"],
 )
@@ -77,9 +80,9 @@ def test_linear_softmax_reads_the_mean_feature():
 @pytest.mark.parametrize(
     ("logits", "passes"),
     [
-        ([1.0, 0.5, 0.0], [True, True, True]),
+        pytest.param([1.0, 0.5, 0.0], [True, True, True], marks=pytest.mark.slow),
         ([2.0, 0.5, -1.0], [False, True, False]),
-        ([0.2, 0.1, -3.0], [True, True, False]),
+        pytest.param([0.2, 0.1, -3.0], [True, True, False], marks=pytest.mark.slow),
     ],
     ids=["inside", "both", "low"],
 )
@@ -168,8 +171,8 @@ def test_from_module_takes_any_pytree_of_features():
 
 
 OBJECTIVES = [
-    ("adjacent", True, None),
-    ("pairwise", True, "sum"),
+    pytest.param("adjacent", True, None, marks=pytest.mark.slow),
+    pytest.param("pairwise", True, "sum", marks=pytest.mark.slow),
     ("variance", True, "stop_gradient_sum"),
     ("spread", False, "sum"),
 ]
@@ -232,7 +235,7 @@ def feature_balancer(divisor=None):
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("divisor", [None, "sum", "stop_gradient_sum"])
+@pytest.mark.parametrize("divisor", mostly_slow([None, "sum", "stop_gradient_sum"], fast=["sum"]))
 def test_the_trunk_gets_the_gradient_through_its_features(divisor):
     params, inputs = model()
     value_and_grad = bilb.value_and_grad(

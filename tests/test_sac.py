@@ -204,6 +204,7 @@ def test_log_probabilities():
     np.testing.assert_allclose(sac.log_prob(u, log_std, noise, "official"), tanh, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_initial_parameters_and_temperature():
     agent = sac.init_agent(jax.random.key(0), 4, settings=SMALL, initial_temperature=0.5)
     np.testing.assert_allclose(jnp.exp(agent.log_temperature), 0.5, rtol=1e-6)

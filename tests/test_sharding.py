@@ -95,7 +95,7 @@ def sharded(check_vma):
     return jax.jit(mapped)(PARAMS, state, INPUTS)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_shard_map_with_pmean_losses_is_the_step_of_one_device(check_vma):
     results = sharded(check_vma)
     for device in range(DEVICES):
@@ -125,6 +125,7 @@ def test_without_pmean_losses_every_device_has_its_own_weights():
     assert not spread(bilb.pmean_losses("data")).any()
 
 
+@pytest.mark.slow
 def test_sharded_jit_is_the_step_of_one_device():
     value_and_grad = bilb.value_and_grad(task_losses, optax.chain(*core()))
     whole = NamedSharding(mesh(), PartitionSpec())

@@ -101,12 +101,10 @@ class TestTraining:
         result = sweep.train(small_problem(), method, configurations, seeds=1, steps=40)
         assert np.abs(result.losses[0] - result.losses[1]).max() > 1e-5
 
+    @pytest.mark.slow
     @EIGHT
-    @pytest.mark.parametrize("number", [3, pytest.param(10, marks=pytest.mark.slow)])
-    @pytest.mark.parametrize(
-        "method",
-        ["ls", *(pytest.param(m, marks=pytest.mark.slow) for m in ("bilb4mtl", "mgda", "igb_v2"))],
-    )
+    @pytest.mark.parametrize("number", [3, 10])
+    @pytest.mark.parametrize("method", ["ls", "bilb4mtl", "mgda", "igb_v2"])
     def test_on_eight_devices_it_is_that_on_one(self, method, number):
         """Three configurations are fewer than the devices, ten no multiple of their number."""
         devices = jax.devices()[:8]
@@ -140,6 +138,7 @@ class TestTraining:
     def test_other_methods_have_the_learning_rate_alone(self, method):
         assert sweep.hyperparameters(method) == ("learning_rate",)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("number", [1, 3])
     def test_compiled_once(self, caplog, number):
         configurations = [{"learning_rate": 10.0 ** -(2 + i)} for i in range(number)]

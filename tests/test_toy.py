@@ -76,6 +76,7 @@ class TestMethods:
         starts = (np.array(toy.STARTS) + offsets).reshape(-1, 2)
         assert np.all(self.distances("bilb4mtl", starts) < 1e-2)
 
+    @pytest.mark.slow
     def test_ls_reaches_it_from_no_start(self):
         distances = self.distances("ls")
         assert np.all(distances > 1e-2)
@@ -200,6 +201,7 @@ class TestScript:
         with pytest.raises(SystemExit, match="error: "):
             self.run(monkeypatch, capsys, *arguments)
 
+    @pytest.mark.slow
     def test_penalty_is_used(self):
         options = toy.Options(steps=100)
         other = dataclasses.replace(options, penalty=0.0)

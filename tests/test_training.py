@@ -29,7 +29,11 @@ def objective_of(losses, weights, present=slice(None)):
 @pytest.mark.x64
 @pytest.mark.parametrize(
     ("activation", "present"),
-    [(jnp.tanh, None), (scaled_tanh, None), (jnp.tanh, [0, 2])],
+    [
+        (jnp.tanh, None),
+        pytest.param(scaled_tanh, None, marks=pytest.mark.slow),
+        (jnp.tanh, [0, 2]),
+    ],
     ids=["mlp", "custom_vjp", "masked"],
 )
 def test_value_and_grad_is_the_gradient_of_the_objective(activation, present):
@@ -50,6 +54,7 @@ def test_value_and_grad_is_the_gradient_of_the_objective(activation, present):
     assert_close(losses, task_losses(params, INPUTS))
 
 
+@pytest.mark.slow
 @pytest.mark.x64
 def test_value_and_grad_passes_batch_statistics_and_dropout_on():
     variables = normed_variables()
@@ -84,6 +89,7 @@ def test_value_and_grad_starts_outside_the_mapped_axis_of_pmean_losses():
     assert state.slopes is None
 
 
+@pytest.mark.slow
 def test_value_and_grad_scans_and_maps():
     params = dense_params()
     value_and_grad = bilb.value_and_grad(mlp, balancer_of())

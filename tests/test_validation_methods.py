@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.optimize
+from contract import mostly_slow
 
 import bilb
 from bilb.gradient_balancing import solvers
@@ -136,6 +137,7 @@ TARGETS = jnp.array([[1.0, 0.0], [-1.0, 0.0]])
 VALIDATION = jnp.array([[0.4, 0.3], [0.6, -0.3]])
 
 
+@pytest.mark.slow
 def test_moml_finds_weights_whose_model_is_pareto_stationary_on_validation():
     """The weighted training optimum lies at w_0 - w_1, the Pareto set reaches from .4 to .6."""
     training = bilb.moml(
@@ -164,7 +166,7 @@ def test_forum_solves_the_bilevel_problem():
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("size", [1, 3, 8])
+@pytest.mark.parametrize("size", mostly_slow([1, 3, 8], fast=[3]))
 def test_barrier_weights_are_optimal(size):
     rng = np.random.default_rng(size)
     solve = jax.jit(barrier_weights)
