@@ -1,7 +1,8 @@
 """What all tests share: recorded numbers, eight virtual devices, float64 on request, examples.
 
 The recorded numbers lie in ``tests/data``; where the environment variable BILB_ORACLES names a
-folder, they come from there instead, and none of them may be missing.
+folder, they come from there instead, and none of them may be missing. Where BILB_OPTIMIZE is set,
+programs are optimised as users' are, and take two to four times as long to compile.
 """
 
 import functools
@@ -13,16 +14,19 @@ import pathlib
 import subprocess
 import sys
 
-# Before anything imports jax. The user's own flags come last and win.
+# Before anything imports jax. Most of what the tests do is to compile, and their programs are too
+# small to optimise; the older emitters of loops are faster still where there is a choice. The
+# user's own flags come last and win.
 os.environ["XLA_FLAGS"] = " ".join(
-    [
-        "--xla_force_host_platform_device_count=8",
-        # Three times as fast to compile; later versions have no such choice, and stop at the flag.
-        "--xla_cpu_use_fusion_emitters=false"
-        if importlib.metadata.version("jaxlib").startswith("0.10.")
-        else "",
-        os.environ.get("XLA_FLAGS", ""),
-    ]
+    flag
+    for flag, used in {
+        "--xla_force_host_platform_device_count=8": True,
+        "--xla_backend_optimization_level=0": not os.environ.get("BILB_OPTIMIZE"),
+        "--xla_cpu_use_fusion_emitters=false": not os.environ.get("BILB_OPTIMIZE")
+        and importlib.metadata.version("jaxlib").startswith("0.10."),
+        os.environ.get("XLA_FLAGS", ""): True,
+    }.items()
+    if used
 )
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 

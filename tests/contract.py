@@ -23,10 +23,6 @@ def mostly_slow(values, fast):
     return [pytest.param(value, marks=marks(value)) for value in values]
 
 
-# Most of what tests over all methods do is to compile; their programs are too small to optimise.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Method:
     """A loss transformation under the contract.
@@ -165,7 +161,7 @@ def compiled(method, num_tasks):
     transformation = method.make(num_tasks)
     everything = np.ones(num_tasks, bool)
 
-    @jit
+    @jax.jit
     def program(losses, state, mask, extra):
         def objective(losses):
             balanced, new_state = transformation.update(

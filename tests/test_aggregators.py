@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import assert_close, assert_equal, assert_finite, jit, mostly_slow, numbers
+from contract import assert_close, assert_equal, assert_finite, mostly_slow, numbers
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import bilb
@@ -79,7 +79,7 @@ def compiled(entry, num_tasks=K):
     """Returns the aggregator and its jitted update, shared by tests."""
     aggregator = entry.make(num_tasks)
 
-    @jit
+    @jax.jit
     def update(rows, state, losses=LOSSES, mask=ALL):
         return aggregator.update(rows, state, PARAMS, losses=losses, mask=mask)
 
@@ -236,10 +236,10 @@ def test_steps_under_scan_and_vmap_are_the_steps_one_by_one(entry):
         return jax.tree.map(lambda g: g[-1], gradients), state
 
     if not entry.numeric:
-        actual = jit(trajectory)({})
+        actual = jax.jit(trajectory)({})
     else:
         twice = jax.tree.map(lambda h: jnp.stack([h, h / 2]), entry.numeric)
-        both = jit(jax.vmap(trajectory))(twice)
+        both = jax.jit(jax.vmap(trajectory))(twice)
         assert_finite(both)
         actual = jax.tree.map(lambda x: x[0], both)
     assert_close(actual, (gradient, state), rtol=1e-4, atol=1e-4)
@@ -252,7 +252,7 @@ def test_injected_hyperparameters_equal_the_direct_call(entry):
     )(num_tasks=K, **entry.numeric)
     rows = example_gradients()
     state = injected.init(PARAMS)
-    gradient, state = jit(injected.update)(rows, state, PARAMS, losses=LOSSES)
+    gradient, state = jax.jit(injected.update)(rows, state, PARAMS, losses=LOSSES)
     aggregator, update = compiled(entry)
     expected, expected_state = update(rows, aggregator.init(PARAMS))
     assert set(entry.numeric) <= set(state.hyperparams)
@@ -274,7 +274,7 @@ def test_injected_hyperparameters_equal_the_direct_call(entry):
 def test_schedules_count_the_steps(direct, scheduled):
     def last(aggregator):
         state = aggregator.init(PARAMS)
-        update = jit(functools.partial(aggregator.update, losses=LOSSES))
+        update = jax.jit(functools.partial(aggregator.update, losses=LOSSES))
         for seed in range(3):
             gradient, state = update(example_gradients(seed=seed), state)
         return gradient, state
@@ -287,7 +287,7 @@ def test_schedules_count_the_steps(direct, scheduled):
 def test_states_can_be_donated(entry):
     aggregator = entry.make()
     update = functools.partial(aggregator.update, losses=LOSSES)
-    donating = jit(update, donate_argnums=1)
+    donating = jax.jit(update, donate_argnums=1)
     state = aggregator.init(PARAMS)
     for _ in range(2):
         gradient, state = donating(example_gradients(), state, PARAMS)
@@ -312,13 +312,13 @@ def test_task_specific_leaves_get_sums_and_take_no_part(entry):
     mask = ALL.at[0].set(False)
     rows = example_gradients()
     aggregator = entry.make(shared=shared)
-    gradient, state = jit(
+    gradient, state = jax.jit(
         lambda rows, state: aggregator.update(rows, state, PARAMS, losses=LOSSES, mask=mask)
     )(rows, aggregator.init(PARAMS))
 
     only_shared = lambda tree: {name: tree[name] for name in ("matrix", "scalar")}
     alone = entry.make()
-    expected, _ = jit(lambda rows, state: alone.update(rows, state, losses=LOSSES, mask=mask))(
+    expected, _ = jax.jit(lambda rows, state: alone.update(rows, state, losses=LOSSES, mask=mask))(
         only_shared(rows), alone.init(only_shared(PARAMS))
     )
     assert_close(only_shared(gradient), expected)
@@ -337,7 +337,7 @@ def test_excess_mtl_can_sum_the_heads():
     shared = {"matrix": True, "vector": False, "scalar": True}
     aggregator = bilb.excess_mtl(K, shared=shared, heads="sum")
     rows = example_gradients()
-    gradient, _ = jit(aggregator.update)(rows, aggregator.init(PARAMS), PARAMS)
+    gradient, _ = jax.jit(aggregator.update)(rows, aggregator.init(PARAMS), PARAMS)
     assert_close(gradient["vector"], rows["vector"].sum(0))
     with pytest.raises(ValueError, match="'mean'"):
         bilb.excess_mtl(K, heads="mean")
@@ -355,7 +355,7 @@ def test_explicitly_sharded_leaves_stay_sharded(entry):
     }
     aggregator = entry.make()
     update = lambda rows, state: aggregator.update(rows, state, losses=LOSSES)
-    expected = jit(update)(rows, aggregator.init(params))
+    expected = jax.jit(update)(rows, aggregator.init(params))
     place = lambda tree, *axes: jax.device_put(
         tree,
         {
@@ -366,7 +366,7 @@ def test_explicitly_sharded_leaves_stay_sharded(entry):
     with jax.set_mesh(mesh):
         sharded = place(params)
         state = aggregator.init(sharded)
-        gradient, new = jit(update)(place(rows, None), state)
+        gradient, new = jax.jit(update)(place(rows, None), state)
     assert jax.tree.map(jax.typeof, gradient) == jax.tree.map(jax.typeof, sharded)
     assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
     assert_close(jax.device_get((gradient, numbers(new))), (expected[0], numbers(expected[1])))

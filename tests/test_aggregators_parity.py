@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 from conftest import oracle, oracle_names, relative_deviation
-from contract import jit
 
 import bilb
 from bilb.gradient_balancing.aggregators import graddrop
@@ -35,7 +34,7 @@ def cases(name, method):
         yield case, of_case, of_case["G"][row]
 
 
-keep_one_sign = jit(graddrop.keep_one_sign)
+keep_one_sign = jax.jit(graddrop.keep_one_sign)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +57,7 @@ def test_graddrop(name, method):
 @pytest.mark.parametrize("name", AGGREGATIONS)
 def test_trimmed_mean(name, trim):
     aggregator = bilb.trimmed_mean(trim)
-    update = jit(lambda rows: aggregator.update(rows, aggregator.init(rows[0]), rows[0])[0])
+    update = jax.jit(lambda rows: aggregator.update(rows, aggregator.init(rows[0]), rows[0])[0])
     for case, arrays, expected in cases(name, f"torchjd.TrimmedMean_{trim}"):
         rows = jnp.asarray(arrays["J"])
         if len(rows) <= 2 * trim:
@@ -166,7 +165,7 @@ def test_trains_a_model_with_task_specific_heads_as_recorded(name, method, make)
 
     batches = jnp.asarray(arrays["X"][:steps]), jnp.asarray(arrays["Y"][:steps])
     carry = params, aggregator.init(params), optimizer.init(params)
-    (params, _, _), (losses, trunk) = jit(lambda: jax.lax.scan(step, carry, batches))()
+    (params, _, _), (losses, trunk) = jax.jit(lambda: jax.lax.scan(step, carry, batches))()
     assert relative_deviation(losses, recorded["losses"]) < TOLERANCE
     for leaf in leaves:
         final = arrays[f"libmtl.{method}/final_{leaf}"]

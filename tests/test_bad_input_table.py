@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import jit
 
 import bilb
 
@@ -89,7 +88,7 @@ def compiled(name, num_tasks, dtype):
     params = {"a": jnp.zeros(2, dtype), "b": jnp.zeros(1, dtype)}
     losses = jnp.asarray(LOSSES[:num_tasks])
 
-    @jit
+    @jax.jit
     def update(jacobian, state):
         gradients = {"a": jacobian[:, :2], "b": jacobian[:, 2:]}
         extra = {"losses_after": losses / 2} if name == "famo" else {}

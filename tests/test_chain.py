@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import jit, mostly_slow
+from contract import mostly_slow
 from methods import METHODS
 
 import bilb
@@ -117,7 +117,7 @@ CHAINED = [
 def test_both_drivers_train_as_the_method_on_losses_transformed_by_hand(method, front):
     links = [link() for link in FRONTS[front][0]]
 
-    @jit
+    @jax.jit
     def train():
         balancer = bilb.chain(*links, method.make(K))
         routes = by_value_and_grad(balancer), by_aggregate_by(balancer)
@@ -145,8 +145,8 @@ def test_a_chain_of_three_links_is_the_same_written_by_hand():
 
     links = bilb.log_losses(), bilb.igb_v1(0, BASE_STEPS), bilb.mgda()
     first = jnp.asarray(START), (jnp.zeros((), jnp.int32), jnp.zeros(K))
-    train = jit(lambda: jax.lax.scan(by_formula, first, SHIFTS[:-1])[0][0])
-    actual = jit(lambda: by_value_and_grad(bilb.chain(*links)))()
+    train = jax.jit(lambda: jax.lax.scan(by_formula, first, SHIFTS[:-1])[0][0])
+    actual = jax.jit(lambda: by_value_and_grad(bilb.chain(*links)))()
     chex.assert_trees_all_close(actual, train(), rtol=1e-9, atol=1e-9)
 
 

@@ -12,7 +12,6 @@ from contract import (
     assert_finite,
     compiled,
     example_losses,
-    jit,
     permuted,
     train,
     warm,
@@ -106,7 +105,7 @@ def compiled_jacobian(method):
     """Returns the transformation and ``(losses, state) -> balanced, state, Jacobian``."""
     transformation = method.make(K)
 
-    @jit
+    @jax.jit
     def function(losses, state):
         def update(losses):
             balanced, new_state = method.update(transformation, losses, state)
@@ -172,7 +171,7 @@ def test_a_thousand_steps_under_scan_and_vmap_trace_once_and_stay_finite(method)
         return jax.lax.scan(step, transformation.init(losses[0]), losses)
 
     stacked = {name: jnp.array(value) for name, value in values.items()}
-    state, balanced = jit(jax.vmap(run))(stacked, losses)
+    state, balanced = jax.jit(jax.vmap(run))(stacked, losses)
     assert len(traces) == 1
     assert_finite((state, balanced))
     for _, step in optax.tree.get_all_with_path(state, "step"):
@@ -189,7 +188,9 @@ def test_a_thousand_steps_under_scan_and_vmap_trace_once_and_stay_finite(method)
 def test_one_task_and_a_thousand(method, num_tasks):
     transformation = method.make(num_tasks)
     losses = example_losses(num_tasks)
-    first = jit(lambda losses: method.update(transformation, losses, transformation.init(losses)))
+    first = jax.jit(
+        lambda losses: method.update(transformation, losses, transformation.init(losses))
+    )
     balanced, state = first(losses)
     assert balanced.shape == losses.shape
     assert_finite((balanced, state))
@@ -228,7 +229,7 @@ def test_optax_chain_in_front_and_behind(method):
     given = lambda losses: method.keywords(method.extra(losses))
     if method.about_losses(K):
         chain = optax.chain(optax.scale(0.5), transformation)
-    update_chain = jit(lambda losses, state: chain.update(losses, state, **given(losses / 2)))
+    update_chain = jax.jit(lambda losses, state: chain.update(losses, state, **given(losses / 2)))
     chained, chain_state = train(chain, update_chain, losses)
     balanced, state = train(transformation, update, losses / 2)
     factor = 1 if method.about_losses(K) else 3

@@ -11,7 +11,6 @@ from contract import (
     assert_finite,
     compiled,
     example_losses,
-    jit,
     spoiled,
     task_axes,
     warm,
@@ -161,8 +160,8 @@ def test_a_router_at_the_limit_of_its_bounds_keeps_tasks_apart_from_features():
     # As many features as tasks, and bounds that no fifth task could satisfy.
     balancer = bilb.bilb4mtl(router=bilb.routers.linear_softmax(4))
     losses, mask = example_losses(4), jnp.array([True, True, True, False])
-    state = jit(balancer.init)(losses)
+    state = jax.jit(balancer.init)(losses)
     features = jnp.ones((2, 4))
-    _, new_state = jit(balancer.update)(losses, state, mask=mask, features=features)
+    _, new_state = jax.jit(balancer.update)(losses, state, mask=mask, features=features)
     moved = new_state.router["kernel"] != state.router["kernel"]
     np.testing.assert_array_equal(moved, np.broadcast_to(mask, (4, 4)))

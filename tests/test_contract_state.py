@@ -13,7 +13,6 @@ from contract import (
     assert_finite,
     compiled,
     example_losses,
-    jit,
     numbers,
     warm,
 )
@@ -32,7 +31,7 @@ def run(method, transformation, losses):
         balanced, state = method.update(transformation, row, state)
         return state, balanced
 
-    program = jit(lambda *args: jax.lax.scan(step, *args))
+    program = jax.jit(lambda *args: jax.lax.scan(step, *args))
     state, balanced = program(transformation.init(losses[0]), losses)
     return balanced[-1], state
 

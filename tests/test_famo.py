@@ -7,7 +7,7 @@ import optax
 import pytest
 import toy
 from conftest import oracle, oracle_names, relative_deviation
-from contract import jit, mostly_slow
+from contract import mostly_slow
 
 import bilb
 
@@ -127,7 +127,7 @@ def test_a_loss_at_or_below_its_bound_is_left_out(at):
         balanced, state = balancer.update(losses, state, losses_after=losses_after)
         return balanced.sum(), state
 
-    step = jit(jax.value_and_grad(objective, has_aux=True), static_argnums=1)
+    step = jax.jit(jax.value_and_grad(objective, has_aux=True), static_argnums=1)
     losses, others = jnp.array([2.0, at, 4.0]), jnp.array([2.0, 4.0])
     state, without = balancer.init(losses), alone.init(others)
     for _ in range(3):
@@ -159,7 +159,7 @@ def test_learns_from_steps_that_the_next_mask_leaves_out():
     """Tasks 0 and 1 are present at even steps only, task 2 at odd ones."""
     balancer, losses = bilb.famo(), jnp.ones(3)
     state = balancer.init(losses)
-    update = jit(balancer.update)
+    update = jax.jit(balancer.update)
     for step in range(20):
         mask = jnp.array([True, True, False]) ^ (step % 2 == 1)
         _, state = update(losses, state, mask=mask, losses_after=jnp.array([0.5, 0.9, 0.7]))
@@ -173,7 +173,7 @@ def test_gamma_may_be_a_schedule_of_the_steps_learnt():
     def logits(gamma, steps):
         balancer = bilb.famo(gamma=gamma)
         state = balancer.init(losses)
-        update = jit(balancer.update)
+        update = jax.jit(balancer.update)
         for _ in range(steps):
             _, state = update(losses, state, losses_after=after)
         return state.logits

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import assert_close, assert_equal, jit, mostly_slow
+from contract import assert_close, assert_equal, mostly_slow
 
 import bilb
 
@@ -54,7 +54,7 @@ def test_batches_of_their_own_for_the_three_factors(balancer, number):
     gram_args = {1: None, 2: (first,), 3: [(first,), (second,)]}[number]
     left, right = {1: (own, own), 2: (first, own), 3: (first, second)}[number]
     value_and_grad = bilb.value_and_grad(task_losses, balancer)
-    step = jit(lambda state: value_and_grad(params(), state, own, gram_args=gram_args))
+    step = jax.jit(lambda state: value_and_grad(params(), state, own, gram_args=gram_args))
     state = value_and_grad.init(params(), own)
     expected = state.balancer
     for _ in range(2):
@@ -115,7 +115,7 @@ def test_the_orders_are_drawn_anew_and_by_the_key(method):
     gram = of_rows([1, 0], [-0.6, 1.2], [-0.5, -1.1])
     losses = jnp.ones(3)
     balancer = method(key=3)
-    update = jit(lambda state: balancer.update(losses, state, gram=jnp.asarray(gram))[1])
+    update = jax.jit(lambda state: balancer.update(losses, state, gram=jnp.asarray(gram))[1])
     state, seen = balancer.init(losses), set()
     for _ in range(20):
         state = update(state)
@@ -316,7 +316,7 @@ SPECIAL = {
 @pytest.mark.parametrize("name", GRAM_METHODS)
 def test_special_gradients_have_finite_answers(name):
     balancer = GRAM_METHODS[name]()
-    update = jit(
+    update = jax.jit(
         lambda gram: balancer.update(jnp.ones(3), balancer.init(jnp.ones(3)), gram=gram)[1].weights
     )
     weights = {}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import oracle, oracle_names
-from contract import jit, mostly_slow
+from contract import mostly_slow
 
 import bilb
 from bilb import metrics
@@ -47,7 +47,7 @@ def compiled(balancer, num_tasks):
         losses = jnp.ones(num_tasks, gram.dtype)
         return balancer.update(losses, balancer.init(losses), gram=gram)[1].weights
 
-    return jit(weights)
+    return jax.jit(weights)
 
 
 def cases(name, skip=()):
@@ -131,7 +131,7 @@ OFFICIAL = {
 @pytest.mark.parametrize("method", OFFICIAL)
 @every_file
 def test_official_projections(name, method):
-    @jit
+    @jax.jit
     def solve(gram, preference):
         balancer = OFFICIAL[method](preference)
         losses = jnp.ones(len(gram))

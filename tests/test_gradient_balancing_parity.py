@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import oracle, oracle_names
-from contract import jit
 
 import bilb
 from bilb.gradient_balancing import gradvac, pcgrad
@@ -49,7 +48,7 @@ def gram_of(rows):
 def weights_of(factory, **options):
     """Returns the compiled ``gram -> weights`` of a method's first call."""
 
-    @jit
+    @jax.jit
     def weights(gram, **more):
         balancer = factory(**options, **more)
         losses = jnp.ones(gram.shape[0])
@@ -183,7 +182,7 @@ def test_sdmgrad_solves_its_problem_exactly(name):
     assert compared
 
 
-surgery = jit(pcgrad.surgery)
+surgery = jax.jit(pcgrad.surgery)
 
 
 @pytest.mark.parametrize("method", ["torchjd.PCGrad", "famo_repo.PCGrad_noclip"])
@@ -199,7 +198,7 @@ def test_pcgrad_in_recorded_orders(name, method):
         assert deviation(actual, at("J"), expected) < TOLERANCE + 10 * sensitivity, case
 
 
-@jit
+@jax.jit
 def vaccinate(gram, orders):
     num_tasks = gram.shape[0]
     prepared = prepare(gram, jnp.ones(num_tasks, bool))

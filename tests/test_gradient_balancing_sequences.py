@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import oracle, oracle_names, relative_deviation
-from contract import jit
 
 import bilb
 from bilb.gradient_balancing import gradvac, pcgrad, sdmgrad
@@ -38,7 +37,7 @@ def run(balancer, losses, **about_losses):
         balanced, state = balancer.update(losses, state, **given)
         return state, (balanced, state)
 
-    scan = jit(lambda state, inputs: jax.lax.scan(step, state, inputs)[1])
+    scan = jax.jit(lambda state, inputs: jax.lax.scan(step, state, inputs)[1])
     return scan(balancer.init(losses[0]), (losses, about_losses))
 
 
@@ -108,7 +107,7 @@ def test_gradvac_in_recorded_orders(name, code):
 
     orders = jnp.asarray(arrays[f"{code}.GradVac_b0.5/perm"])
     inputs = product(rows, rows), orders
-    scan = jit(lambda usual, inputs: jax.lax.scan(step, usual, inputs)[1])
+    scan = jax.jit(lambda usual, inputs: jax.lax.scan(step, usual, inputs)[1])
     weights, usual = scan(jnp.zeros((num_tasks, num_tasks)), inputs)
     state = "phi" if code == "torchjd" else "state"
     assert relative_deviation(usual, arrays[f"{code}.GradVac_b0.5/{state}"]) < TOLERANCE
@@ -123,7 +122,7 @@ def test_gradvac_in_recorded_orders(name, code):
 def test_pcgrad_in_recorded_orders(name):
     arrays = oracle(name)
     rows, *_ = batches(name)
-    weights = jit(jax.vmap(pcgrad.surgery))(
+    weights = jax.jit(jax.vmap(pcgrad.surgery))(
         product(rows, rows), jnp.asarray(arrays["libmtl.PCGrad/perm"])
     )
     gradients = jnp.einsum("tk,tkp->tp", weights, rows)
@@ -153,7 +152,7 @@ def test_nash_mtl_every_few_steps(name, every, case):
         _, state = balancer.update(losses, state, **given)
         return state, state.weights
 
-    scan = jit(lambda state, gram: jax.lax.scan(step, state, gram)[1])
+    scan = jax.jit(lambda state, gram: jax.lax.scan(step, state, gram)[1])
     weights = scan(balancer.init(losses), product(rows, rows))
     # The official solver stops at about 1e-8.
     assert relative_deviation(weights, oracle(name)[f"{case}/w"]) < 1e-8
@@ -223,7 +222,7 @@ def test_sdmgrad_of_the_official_code(name):
         w = sdmgrad.descend(products / scale**2, w, pull, present, 20, 10.0, 0.5)
         return w, w
 
-    scan = jit(lambda w, products: jax.lax.scan(step, w, products)[1])
+    scan = jax.jit(lambda w, products: jax.lax.scan(step, w, products)[1])
     w = scan(jnp.full(num_tasks, 1 / num_tasks), product(first, second))
     gradients = jnp.einsum("tk,tkp->tp", (w + 0.3 / num_tasks) / 1.3, own)
     recorded = "sdm_repo.method_zetaJ3_xi1J1_xi2J2"

@@ -14,7 +14,6 @@ import numpy as np
 import optax
 import pytest
 from conftest import oracle, relative_deviation
-from contract import jit
 
 import bilb
 from bilb.gradient_balancing import gradvac, pcgrad
@@ -216,7 +215,7 @@ def trained(run, arrays):
 
     first = batches[0]
     start = value_and_grad.init(params, first[0][0], first[1][0])
-    scan = jit(lambda carry, inputs: jax.lax.scan(step, carry, inputs))
+    scan = jax.jit(lambda carry, inputs: jax.lax.scan(step, carry, inputs))
     return scan((params, optimizer.init(params), start), (batches, orders))[1]
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import jit, mostly_slow
+from contract import mostly_slow
 
 import bilb
 
@@ -25,7 +25,7 @@ def run(balancer, rows, masks=None, norms=None):
         _, state = balancer.update(losses, state, mask=mask, gradient_norms=norms)
         return state, optax.tree.get(state, "weights")
 
-    scan = jit(lambda state: jax.lax.scan(step, state, (rows, masks, norms)))
+    scan = jax.jit(lambda state: jax.lax.scan(step, state, (rows, masks, norms)))
     state, weights = scan(balancer.init(rows[0]))
     return weights, state
 

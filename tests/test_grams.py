@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import jit, mostly_slow
+from contract import mostly_slow
 
 import bilb
 
@@ -49,7 +49,7 @@ def jacobian_of(inputs, shared=True):
 def step(balancer, *args, extra=None, **options):
     value_and_grad = bilb.value_and_grad(task_losses, balancer, **options)
     state = value_and_grad.init(PARAMS, *args)
-    run = jit(lambda params, state: value_and_grad(params, state, *args, **(extra or {})))
+    run = jax.jit(lambda params, state: value_and_grad(params, state, *args, **(extra or {})))
     return run(PARAMS, state)
 
 
@@ -141,7 +141,7 @@ class TestRepresentation:
     def test_weights_come_from_the_gradients_at_the_representation(self):
         driver = bilb.representation_value_and_grad(trunk, heads_losses, bilb.mgda())
         state = driver.init(PARAMS, INPUTS)
-        losses, grads, state = jit(driver)(PARAMS, state, INPUTS)
+        losses, grads, state = jax.jit(driver)(PARAMS, state, INPUTS)
         z = trunk(PARAMS, INPUTS)
         rows = jax.jacrev(lambda z: heads_losses(PARAMS, z, INPUTS))(z).reshape(K, -1)
         weights = bilb.gradient_balancing.solvers.min_norm_weights(rows @ rows.T)
@@ -178,7 +178,7 @@ class TestSketch:
         jacobian = jacobian_of(INPUTS)
         gram, steps, probes = jacobian @ jacobian.T, 4000, 2
         engine = bilb.grams.sketch(probes, key=1)
-        estimates = jit(jax.vmap(lambda step: engine(task_losses, PARAMS, INPUTS, step=step)))(
+        estimates = jax.jit(jax.vmap(lambda step: engine(task_losses, PARAMS, INPUTS, step=step)))(
             jnp.arange(steps)
         )
         squares = np.outer(np.diagonal(gram), np.diagonal(gram))
@@ -220,7 +220,7 @@ class TestSketch:
         value_and_grad = bilb.value_and_grad(task_losses, balancer, gram=bilb.grams.sketch())
         state = value_and_grad.init(PARAMS, INPUTS)
         carry = lambda state, _: (value_and_grad(PARAMS, state, INPUTS)[2], None)
-        state, _ = jit(lambda s: jax.lax.scan(carry, s, length=3000))(state)
+        state, _ = jax.jit(lambda s: jax.lax.scan(carry, s, length=3000))(state)
         jacobian = jacobian_of(INPUTS)
         exact, _ = balancer.update(
             jnp.ones(K), balancer.init(jnp.ones(K)), gram=jnp.asarray(jacobian @ jacobian.T)
@@ -240,7 +240,7 @@ def test_the_running_mean_is_corrected_for_its_start_and_by_pair():
     decay, grams = 0.8, random_grams(6)
     masks = np.array([[1, 1, 1], [1, 1, 0], [0, 1, 1], [1, 0, 1], [1, 1, 1], [1, 1, 1]], bool)
     balancer = bilb.mgda(decay=decay)
-    state, update = balancer.init(jnp.ones(K)), jit(balancer.update)
+    state, update = balancer.init(jnp.ones(K)), jax.jit(balancer.update)
     for gram, mask in zip(grams, masks):
         _, state = update(jnp.ones(K), state, gram=gram, mask=mask)
     for i in range(K):
@@ -289,7 +289,7 @@ def test_a_gram_matrix_that_is_not_due_is_not_taken():
     value_and_grad = bilb.value_and_grad(task_losses, balancer)
     state = value_and_grad.init(PARAMS, INPUTS)
     for _ in range(4):
-        _, _, state = jit(value_and_grad)(PARAMS, state, INPUTS)
+        _, _, state = jax.jit(value_and_grad)(PARAMS, state, INPUTS)
     assert state.balancer.step == 4
 
 

@@ -220,7 +220,7 @@ class TestV2:
         np.testing.assert_array_equal(jnp.isfinite(balanced), jnp.arange(K) != 1)
         chex.assert_tree_all_finite(new._replace(key=0))
         guarded, skipped = bilb.skip_nonfinite(balancer).update(row, state)
-        expected, masked = update(row, state, mask=jnp.arange(K) != 1)
+        expected, masked = balancer.update(row, state, mask=jnp.arange(K) != 1)
         chex.assert_trees_all_equal(guarded, expected)
         chex.assert_trees_all_equal(
             *(jax.tree.leaves(s._replace(key=0)) for s in (skipped, masked))

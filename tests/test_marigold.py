@@ -9,7 +9,7 @@ import optax
 import pytest
 import toy
 from conftest import oracle, oracle_names
-from contract import jit, mostly_slow
+from contract import mostly_slow
 
 import bilb
 from bilb.gradient_balancing.solvers import min_norm_weights
@@ -379,4 +379,4 @@ def follow(balancer, gram, mask, steps, extra="slopes"):
         return (state, jnp.where(mask, gram @ used, 1e30)), used
 
     start = balancer.init(losses), jnp.zeros(len(gram))
-    return jit(lambda start: jax.lax.scan(step, start, length=steps))(start)[1]
+    return jax.jit(lambda start: jax.lax.scan(step, start, length=steps))(start)[1]

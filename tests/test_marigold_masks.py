@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import jit, mostly_slow
+from contract import mostly_slow
 from test_marigold import conflicting, follow
 
 import bilb
@@ -89,7 +89,7 @@ def test_learns_from_steps_that_the_next_mask_leaves_out():
     """Tasks 0 and 1 are present at even steps only, task 2 at odd ones."""
     balancer, losses = bilb.marigold(), jnp.ones(3)
     state = balancer.init(losses)
-    update = jit(balancer.update)
+    update = jax.jit(balancer.update)
     for step in range(20):
         mask = jnp.array([True, True, False]) ^ (step % 2 == 1)
         slopes = jnp.array([2.0, 1.0, 0.0]) if step % 2 else jnp.array([0.0, 0.0, 1.0])
@@ -120,7 +120,7 @@ def test_one_enormous_slope_does_not_freeze_the_weights(scheme):
         step = lambda state, _: (balancer.update(losses, state, slopes=slopes)[1], None)
         return jax.lax.scan(step, state, length=steps)[0]
 
-    @jit
+    @jax.jit
     def weights():
         state = run(balancer.init(losses), jnp.array([1e20, 0.0]), 2)
         state = run(state, jnp.array([0.0, 1.0]), 100_000)
@@ -147,7 +147,7 @@ def test_large_losses_in_half_precision_teach(dtype):
     task_losses, x = half_precision(dtype)
     value_and_grad = bilb.value_and_grad(task_losses, bilb.marigold())
     state = value_and_grad.init(x)
-    update = jit(value_and_grad)
+    update = jax.jit(value_and_grad)
     losses, grads, state = update(x, state)
     assert losses.dtype == grads.dtype == dtype
     assert losses[0] == 1800 if dtype == jnp.float16 else losses[0] > 1790

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import jit, mostly_slow
+from contract import mostly_slow
 from test_marigold import conflicting, follow, quadratics
 
 import bilb
@@ -21,7 +21,7 @@ def exponentiated(slopes, steps, **options):
     balancer = bilb.marigold(scheme="exponentiated", optimizer=optimizer, **options)
     losses, states = jnp.ones(2), []
     state = balancer.init(losses)
-    update = jit(lambda state: balancer.update(losses, state, slopes=jnp.array(slopes))[1])
+    update = jax.jit(lambda state: balancer.update(losses, state, slopes=jnp.array(slopes))[1])
     for _ in range(steps + 1):
         state = update(state)
         states.append(state)
@@ -115,7 +115,7 @@ def test_the_documented_call_of_inject_hyperparams_works_in_value_and_grad(name)
     def run(balancer):
         value_and_grad = bilb.value_and_grad(task_losses, balancer)
         params, state = x, value_and_grad.init(x)
-        step = jit(value_and_grad)
+        step = jax.jit(value_and_grad)
         for _ in range(4):
             _, grads, state = step(params, state)
             params = params - 0.1 * grads

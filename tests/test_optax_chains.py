@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import assert_close, assert_finite, jit, mostly_slow, numbers
+from contract import assert_close, assert_finite, mostly_slow, numbers
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import bilb
@@ -51,7 +51,7 @@ LOSSES, ROWS = bilb.task_gradients(task_losses, PARAMS)
 def train(optimizer, steps, spoil=lambda step, rows: rows):
     """Returns parameters and state after some steps of one program."""
 
-    @jit
+    @jax.jit
     def step(index, params, state):
         losses, rows = bilb.task_gradients(task_losses, params)
         rows = spoil(index, rows)
@@ -85,7 +85,7 @@ def test_aggregate_by_in_a_chain_takes_the_steps_of_value_and_grad():
     value_and_grad = bilb.value_and_grad(task_losses, bilb.mgda())
     optimizer = optax.adam(0.05)
 
-    @jit
+    @jax.jit
     def step(params, state, opt_state):
         _, gradient, state = value_and_grad(params, state)
         updates, opt_state = optimizer.update(gradient, opt_state)
@@ -99,8 +99,8 @@ def test_aggregate_by_in_a_chain_takes_the_steps_of_value_and_grad():
 
 def test_methods_that_look_at_no_loss_need_no_losses():
     state = by_mgda().init(PARAMS)
-    without, _ = jit(by_mgda().update)(ROWS, state, PARAMS)
-    given, _ = jit(by_mgda().update)(ROWS, state, PARAMS, losses=LOSSES)
+    without, _ = jax.jit(by_mgda().update)(ROWS, state, PARAMS)
+    given, _ = jax.jit(by_mgda().update)(ROWS, state, PARAMS, losses=LOSSES)
     assert_close(without, given)
     logs = bilb.aggregate_by(bilb.chain(bilb.log_losses(), bilb.mgda()), K)
     with pytest.raises(bilb.MissingArgument, match="`losses`"):
@@ -110,8 +110,8 @@ def test_methods_that_look_at_no_loss_need_no_losses():
 def test_multi_steps_behind_it_accumulates_what_it_returns():
     multi_steps = as_extra_args(optax.MultiSteps(optax.sgd(0.1), 2))
     optimizer = optax.chain(by_mgda(), multi_steps)
-    update = jit(functools.partial(optimizer.update, losses=LOSSES))
-    aggregate = jit(functools.partial(by_mgda().update, losses=LOSSES))
+    update = jax.jit(functools.partial(optimizer.update, losses=LOSSES))
+    aggregate = jax.jit(functools.partial(by_mgda().update, losses=LOSSES))
     state = optimizer.init(PARAMS)
     batches = [ROWS, jax.tree.map(lambda g: g * jnp.cos(g), ROWS)]
     for rows in batches:
@@ -127,10 +127,10 @@ def test_multi_steps_around_it_is_an_error_and_can_accumulate_task_gradients():
     with pytest.raises(ValueError, match="leading axis must be the number of tasks"):
         jax.eval_shape(update, ROWS, state, PARAMS)
     state = state._replace(acc_grads=optax.tree.zeros_like(ROWS))
-    first, state = jit(update)(ROWS, state, PARAMS)
+    first, state = jax.jit(update)(ROWS, state, PARAMS)
     assert not any(leaf.any() for leaf in jax.tree.leaves(first))
     twice = jax.tree.map(lambda g: 3 * g, ROWS)
-    updates, _ = jit(update)(twice, state, PARAMS)
+    updates, _ = jax.jit(update)(twice, state, PARAMS)
     mean = jax.tree.map(lambda g: 2 * g, ROWS)
     expected, _ = by_mgda().update(mean, by_mgda().init(PARAMS), PARAMS)
     assert_close(updates, jax.tree.map(lambda g: -0.1 * g, expected))
@@ -158,12 +158,12 @@ def test_partition_aggregates_each_group_by_itself(make):
     heads = optax.chain(bilb.aggregate_by(bilb.linear_scalarization(), K), optax.sgd(1.0))
     labels = {"trunk": "shared", "heads": "own"}
     optimizer = optax.partition({"shared": trunk, "own": heads}, labels)
-    update = jit(functools.partial(optimizer.update, losses=LOSSES))
+    update = jax.jit(functools.partial(optimizer.update, losses=LOSSES))
     updates, state = update(ROWS, optimizer.init(PARAMS), PARAMS)
     updates, state = update(ROWS, state, PARAMS)
 
     only_trunk = lambda tree: {"trunk": tree["trunk"]}
-    alone = jit(functools.partial(trunk.update, losses=LOSSES))
+    alone = jax.jit(functools.partial(trunk.update, losses=LOSSES))
     _, alone_state = alone(only_trunk(ROWS), trunk.init(only_trunk(PARAMS)), only_trunk(PARAMS))
     expected, alone_state = alone(only_trunk(ROWS), alone_state, only_trunk(PARAMS))
     assert_close(only_trunk(updates), expected)
@@ -203,7 +203,7 @@ def test_explicitly_sharded_leaves_stay_sharded(make):
     }
     optimizer = optax.chain(make(), optax.adam(0.1))
     update = lambda rows, state, params: optimizer.update(rows, state, params, losses=LOSSES)
-    expected = jit(update)(rows, optimizer.init(params), params)
+    expected = jax.jit(update)(rows, optimizer.init(params), params)
 
     def place(tree, *axes):
         wide = NamedSharding(mesh, PartitionSpec(*axes, None, "data"))
@@ -213,7 +213,7 @@ def test_explicitly_sharded_leaves_stay_sharded(make):
     with jax.set_mesh(mesh):
         sharded = place(params)
         state = optimizer.init(sharded)
-        updates, new = jit(update)(place(rows, None), state, sharded)
+        updates, new = jax.jit(update)(place(rows, None), state, sharded)
     types = functools.partial(jax.tree.map, jax.typeof)
     assert types(updates) == types(sharded)
     assert types(new) == types(state)

@@ -11,7 +11,6 @@ import optax
 import pinn
 import pytest
 from conftest import load_benchmark
-from contract import jit
 from equations import EQUATIONS
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
@@ -251,7 +250,7 @@ class TestOneOptimizerForEachLoss:
         adam = optax.adam(optax.cosine_decay_schedule(1e-2, 5))
         both = balancers.one_for_each_loss(adam, 2)
         state, alone = both.init(parameters), [adam.init(parameters)] * 2
-        together, apart = map(jit, (both.update, adam.update))
+        together, apart = map(jax.jit, (both.update, adam.update))
         for step in range(3):
             longer = lambda g, times=1 + step: np.float32(times * g)
             of_step = [jax.tree.map(longer, g) for g in gradients]

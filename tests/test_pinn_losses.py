@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import example_losses, jit
+from contract import example_losses
 from test_pinn_methods import EXACT, A
 
 import bilb
@@ -17,7 +17,7 @@ def run(balancer, rows=ROWS):
     """Returns the weights (steps, K) over rows of losses."""
     rows = jnp.asarray(rows)
     step = lambda state, row: (lambda b, s: (s, b / row))(*balancer.update(row, state))
-    return jit(lambda rows: jax.lax.scan(step, balancer.init(rows[0]), rows)[1])(rows)
+    return jax.jit(lambda rows: jax.lax.scan(step, balancer.init(rows[0]), rows)[1])(rows)
 
 
 def softmax(values):
@@ -49,7 +49,7 @@ def test_softadapt(rate, loss_weighted):
 def test_softadapt_of_changes_below_one():
     """Normalised rates add up to 1 whatever their size."""
     balancer = bilb.softadapt(1.0, rate="normalized")
-    update = jit(balancer.update)
+    update = jax.jit(balancer.update)
     _, state = update(jnp.zeros(3), balancer.init(jnp.zeros(3)))
     for size in (1e-30, 1e-3, 1e30):
         change = jnp.array([1.0, -2.0, 0.0], jnp.float32) * size
@@ -87,7 +87,7 @@ def test_self_adaptive(exponent):
 
 def test_a_loss_that_is_not_finite_teaches_self_adaptive_weights_nothing():
     balancer = bilb.self_adaptive()
-    update = jit(balancer.update)
+    update = jax.jit(balancer.update)
     losses = jnp.array([1.0, 2.0])
     _, state = update(losses, balancer.init(losses))
     balanced, new = update(losses.at[1].set(jnp.inf), state)
@@ -123,7 +123,7 @@ def test_gradients_of_root_losses_keep_their_size():
     """‖∇√l‖² is rᵀ J Jᵀ r / (N ‖r‖²), for residuals of any size."""
     loss = lambda x, r: jnp.mean((A @ x + r) ** 2)[None]
     value_and_grad = bilb.value_and_grad(loss, bilb.power_losses())
-    take = jit(lambda x, r: value_and_grad(x, value_and_grad.init(x, r), r)[1])
+    take = jax.jit(lambda x, r: value_and_grad(x, value_and_grad.init(x, r), r)[1])
     for size in (1.0, 1e-3, 1e-6):
         r = size * np.array([1.0, -2.0, 0.5, 3.0, 1.0])
         gradient = take(jnp.zeros(4), r)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import assert_finite, jit
+from contract import assert_finite
 
 import bilb
 
@@ -52,7 +52,7 @@ def train(balancer, **options):
         (x, _), weights = jax.lax.scan(step, carry, 0.1 * jnp.arange(STEPS))
         return x, weights
 
-    return jit(run)(jnp.asarray(START))
+    return jax.jit(run)(jnp.asarray(START))
 
 
 def train_by_hand(weigh):
@@ -159,7 +159,7 @@ def test_dual_balancing(every):
 def test_dual_balancing_leaves_out_what_is_not_finite(every):
     balancer = bilb.db_pinn(every=every)
 
-    @jit
+    @jax.jit
     def update(losses, norms, state):
         given = {"gradient_norms": norms} if every == 1 else {"gram_fn": lambda: jnp.diag(norms**2)}
         return balancer.update(losses, state, **given)
@@ -198,7 +198,7 @@ def test_nothing_is_measured_between_renewals(name):
     }
     argument, function = measure[name]
     balancer = getattr(bilb, name)(momentum=0.0, every=3)
-    update = jit(lambda losses, state: balancer.update(losses, state, **{argument: function}))
+    update = jax.jit(lambda losses, state: balancer.update(losses, state, **{argument: function}))
     losses = jnp.array([1.0, 3.0])
     state = balancer.init(losses)
     for step in range(7):
@@ -216,7 +216,7 @@ def test_a_measure_that_is_not_finite_keeps_the_weight_of_its_task(name):
     values = jnp.array([[1.0, 2.0, 3.0], [0.0] * 3, [jnp.nan, 1.0, 3.0]])
     losses = jnp.array([1.0, 2.0, 4.0])
 
-    @jit
+    @jax.jit
     def update(state, value):
         given = lambda: jnp.diag(value**2) if argument == "gram_fn" else value
         return balancer.update(losses, state, **{argument: given})
@@ -241,7 +241,7 @@ def test_where_there_is_nothing_to_compare_with_the_weights_stay():
         (bilb.lr_annealing(0.0, 1, reference=0), norms.at[0].set(0.0), every),
         (bilb.lr_annealing(0.0, 1, reference=0), norms, absent),
     ]:
-        update = jit(balancer.update)
+        update = jax.jit(balancer.update)
         _, state = update(losses, balancer.init(losses), mask=every, gradient_norms=norms)
         kept = state.weights
         assert not np.allclose(kept, 1.0)
@@ -256,7 +256,7 @@ def test_curvatures_by_hand():
     convex = lambda x: jnp.stack([jnp.sum((A @ x) ** 2), jnp.sum(jnp.exp(B @ x))])
     of_kernel, probe = bilb.curvatures.tangent_kernel, bilb.curvatures.probe
 
-    @jit
+    @jax.jit
     def take(x):
         kernels = [
             engine(task_losses, x, shift)
@@ -290,7 +290,7 @@ def test_curvatures_of_the_shared_parameters():
 
     kernel = functools.partial(bilb.curvatures.tangent_kernel, outputs)
     engines = kernel(), kernel(probes=500), bilb.curvatures.probe(500)
-    exact, by_probes, second = jit(lambda: [weights(engine) for engine in engines])()
+    exact, by_probes, second = jax.jit(lambda: [weights(engine) for engine in engines])()
     traces = np.array([np.trace(9 * A @ A.T) / 5, np.sum(4 * START**2) / 4])
     np.testing.assert_allclose(exact, jaxpi(traces), **EXACT)
     np.testing.assert_allclose(by_probes, jaxpi(traces), rtol=0.1)

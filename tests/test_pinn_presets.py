@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import jit
 from test_pinn_losses import softmax
 from test_pinn_methods import EXACT, RATE, START, STEPS, by_hand, train
 
@@ -95,7 +94,7 @@ def solve(name):
         carry = params, value_and_grad.init(params), optimizer.init(params)
         return jax.lax.scan(step, carry, length=3000)[0][0]
 
-    return jit(run)(jnp.array([0.3, 1.0], jnp.float32))
+    return jax.jit(run)(jnp.array([0.3, 1.0], jnp.float32))
 
 
 OTHERS = ["nash_pinn", "lr_annealing", "ntk_weights"]

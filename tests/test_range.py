@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import assert_finite, jit, mostly_slow
+from contract import assert_finite, mostly_slow
 
 import bilb
 
@@ -55,7 +55,7 @@ SCALARISATIONS = {
 
 def in_both_precisions(function, losses):
     """Returns what the function of one loss vector gives for the rows of float32 losses."""
-    function = jit(jax.vmap(function))
+    function = jax.jit(jax.vmap(function))
     return function(losses), function(losses.astype(np.float64))
 
 
@@ -181,7 +181,7 @@ def test_what_is_learnt_from_losses_of_any_size_stays_finite(name):
         weights = optax.tree.get(new, "weights")
         return new, (effective, weights, jnp.isnan(balanced).any())
 
-    run = jit(lambda state: jax.lax.scan(step, state, rows))
+    run = jax.jit(lambda state: jax.lax.scan(step, state, rows))
     state, (effective, weights, nans) = run(balancer.init(rows[0]))
     assert_finite((state, effective, weights))
     assert not nans.any()
