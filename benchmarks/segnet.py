@@ -20,11 +20,16 @@ FILTERS = (64, 128, 256, 512, 512)
 
 
 def pool(images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the maxima of 2 x 2 windows (N, H/2, W/2, C), and which of the four they are."""
+    """Returns the maxima of 2 x 2 windows (N, H/2, W/2, C), and which of the four they are.
+
+    The derivative goes to that one, as in PyTorch. That of ``max`` is shared by all that equal the
+    largest: by none, which is 0 / 0, where the compiler rounds a value twice in two ways.
+    """
     n, h, w, c = images.shape
     windows = images.reshape(n, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 5, 2, 4)
     windows = windows.reshape(n, h // 2, w // 2, c, 4)
-    return windows.max(-1), windows.argmax(-1)
+    places = windows.argmax(-1)
+    return jnp.take_along_axis(windows, places[..., None], axis=-1)[..., 0], places
 
 
 def unpool(maxima: jax.Array, places: jax.Array) -> jax.Array:
