@@ -4,7 +4,8 @@ The contract tests run every entry of ``METHODS``; a new method is a new line th
 """
 
 import jax.numpy as jnp
-from contract import Method
+import pytest
+from contract import Method, mostly_slow
 from method_parts import (
     curvatures,
     gram,
@@ -59,6 +60,7 @@ METHODS = [
         extra=norms,
         phi=weighted_sum,
         learns=("weights", "mean", "total"),
+        kin="gradnorm",
     ),
     Method(
         "lr_annealing-reference",
@@ -71,7 +73,7 @@ METHODS = [
         equivariant=False,
         sparse=True,
         learns=("weights", "mean", "total"),
-        kin="lr_annealing",
+        kin="gradnorm",
     ),
     Method(
         "db_pinn",
@@ -84,7 +86,7 @@ METHODS = [
         equivariant=False,
         sparse=True,
         learns=("weights", "mean_losses"),
-        kin="lr_annealing",
+        kin="gradnorm",
     ),
     Method(
         "ntk_weights",
@@ -95,6 +97,7 @@ METHODS = [
         extra=curvatures,
         phi=weighted_sum,
         learns=("weights", "mean", "total"),
+        kin="gradnorm",
     ),
     Method(
         "throw_away",
@@ -197,6 +200,7 @@ METHODS = [
         equivariant=False,
         sparse=True,
         learns=("weights", "mean", "memory"),
+        kin="sdmgrad",
     ),
     gram_method(
         "modo",
@@ -248,3 +252,14 @@ METHODS = [
         kin="mgda",
     ),
 ]
+
+OF_EACH_KIND = ("linear_scalarization", "bilb4mtl", "marigold", "famo", "igb_v1", "mgda")
+
+every_method = pytest.mark.parametrize("method", METHODS, ids=str, scope="module")
+#: For what a method's own code has little to do with.
+few_methods = pytest.mark.parametrize(
+    "method",
+    mostly_slow(METHODS, [method for method in METHODS if method.name in OF_EACH_KIND]),
+    ids=str,
+    scope="module",
+)

@@ -32,7 +32,13 @@ import bilb
 
 OF_LOSSES = [
     Method("linear_scalarization", bilb.linear_scalarization, {"weights": 0.5}, phi=weighted_sum),
-    Method("divide_by", bilb.divide_by, {"scales": 2.5}, values=lambda losses, _: losses / 2.5),
+    Method(
+        "divide_by",
+        bilb.divide_by,
+        {"scales": 2.5},
+        values=lambda losses, _: losses / 2.5,
+        kin="linear_scalarization",
+    ),
     Method(
         "scale_by_initial_loss",
         bilb.scale_by_initial_loss,
@@ -54,6 +60,7 @@ OF_LOSSES = [
         bilb.power_losses,
         {"exponent": 0.5, "floor": 1e-30},
         values=lambda losses, _: jnp.sqrt(losses),
+        kin="log_losses",
     ),
     Method(
         "log_scale_by_initial_loss",
@@ -61,6 +68,7 @@ OF_LOSSES = [
         {"every": 3, "floor": 1e-8},
         values=log_over_initial_loss,
         learns=("taken", "initial_losses"),
+        kin="scale_by_initial_loss",
     ),
     bilb4mtl("bilb4mtl", sigmoid, "adjacent"),
     bilb4mtl("bilb4mtl-softmax", softmax, "pairwise", divisor="sum", equivariant=True),
@@ -236,6 +244,7 @@ OF_LOSSES = [
         {"exponent": 2.0, "initial": 1.5},
         phi=weighted_sum,
         learns=("scales", "weights", "opt_state"),
+        kin="uncertainty_weighting",
     ),
     Method(
         "uncertainty_weighting",
@@ -250,6 +259,7 @@ OF_LOSSES = [
         {"initial": 0.5},
         phi=lambda values, weights: (weights * values - jnp.log(weights)).sum(),
         learns=("log_scales", "weights", "opt_state"),
+        kin="uncertainty_weighting",
     ),
     Method(
         "geometric_mean",
@@ -264,6 +274,7 @@ OF_LOSSES = [
         {"mu": 0.5},
         phi=lambda values, _: 0.5 * jax.nn.logsumexp(values / values.size / 0.5),
         learns=("weights",),
+        kin="geometric_mean",
     ),
     Method(
         "stch_nadir",
@@ -273,7 +284,7 @@ OF_LOSSES = [
         values=lambda losses, state: jnp.log(losses / state.nadir),
         phi=lambda values, _: 0.5 * values.size * jax.nn.logsumexp(values / 0.5),
         learns=("weights", "nadir", "count"),
-        kin="stch",
+        kin="geometric_mean",
     ),
     Method(
         "pbi",
@@ -284,6 +295,7 @@ OF_LOSSES = [
             + 2.0 * jnp.sqrt(jnp.sum((values - values.mean()) ** 2) + 1e-12)
         ),
         learns=("weights",),
+        kin="geometric_mean",
     ),
     Method(
         "cosmos",
@@ -293,6 +305,6 @@ OF_LOSSES = [
             values.mean() - 2.0 * values.sum() / (values.size**0.5 * jnp.linalg.norm(values))
         ),
         learns=("weights",),
-        kin="pbi",
+        kin="geometric_mean",
     ),
 ]

@@ -60,7 +60,7 @@ ENTRIES = [
     Entry("excess_mtl", bilb.excess_mtl, {"step_size": 0.5, "warmup_steps": 1}, ("num_tasks",)),
 ]
 every_aggregator = pytest.mark.parametrize("entry", ENTRIES, ids=str)
-some_fast = [entry for entry in ENTRIES if entry.name in ("moco", "excess_mtl")]
+some_fast = [entry for entry in ENTRIES if entry.name == "excess_mtl"]
 mostly_slow_aggregators = pytest.mark.parametrize("entry", mostly_slow(ENTRIES, some_fast), ids=str)
 reading_losses = [entry for entry in ENTRIES if entry.name in ("db_mtl", "moco")]
 

@@ -48,6 +48,7 @@ class TestGraphs:
         distances = jnp.linalg.norm(positions[:, None] - positions, axis=-1)
         return np.asarray(molecules.bonds(elements, distances))
 
+    @pytest.mark.slow
     def test_bonds(self):
         single, double, triple, aromatic = np.eye(4)
         kinds = self.kinds(*formaldehyde())

@@ -103,7 +103,7 @@ def can_be_behind_links(method):
     return not {"features", "curvatures"} & {*method.extra(jnp.ones(K))}
 
 
-ALWAYS = ("bilb4mtl", "igb_v1", "marigold", "famo", "gradnorm", "mgda")
+ALWAYS = ("bilb4mtl", "marigold", "famo", "mgda")
 CHAINED = [
     pytest.param(method, marks=() if method.name in ALWAYS else pytest.mark.slow)
     for method in METHODS

@@ -19,12 +19,11 @@ from contract import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
-from methods import METHODS
+from methods import METHODS, every_method, few_methods
 
 import bilb
 
 K = 5
-every_method = pytest.mark.parametrize("method", METHODS, ids=str, scope="module")
 
 
 def specification(tree):
@@ -73,7 +72,7 @@ def test_dtypes_are_kept_in_float64(method, init_dtype, dtype):
     check_dtypes(method, init_dtype, dtype)
 
 
-@every_method
+@few_methods
 def test_half_precision_rounds_only_what_comes_out(method):
     state, losses = warm(method, K)
     _, update = compiled(method, K)
@@ -221,7 +220,7 @@ def test_unknown_extra_arguments_are_ignored(method):
     assert program(value=3.0, value_fn=print, tag="x") == program()
 
 
-@every_method
+@few_methods
 def test_optax_chain_in_front_and_behind(method):
     transformation, update = compiled(method, K)
     losses = example_losses(2, K)

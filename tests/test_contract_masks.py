@@ -15,7 +15,7 @@ from contract import (
     task_axes,
     warm,
 )
-from methods import METHODS
+from methods import METHODS, every_method, few_methods
 
 import bilb
 
@@ -23,7 +23,6 @@ K = 5
 PRESENT = jnp.array([True, False, True, False, True])
 INDICES = jnp.flatnonzero(PRESENT)
 ABSENT = jnp.flatnonzero(~PRESENT)
-every_method = pytest.mark.parametrize("method", METHODS, ids=str, scope="module")
 
 
 def fields(method, state):
@@ -121,7 +120,7 @@ def test_no_task_at_all_stays_finite_and_comes_back(method):
         assert_finite((next_state, result))
 
 
-@every_method
+@few_methods
 def test_skip_nonfinite_treats_a_nonfinite_loss_as_absent(method):
     transformation, update = compiled(method, K)
     state = warm(method, K)[0]

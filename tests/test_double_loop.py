@@ -65,6 +65,7 @@ def test_steps_follow_the_gradient_of_the_penalty_problem():
     np.testing.assert_allclose(new_state.weights, jax.nn.sigmoid(logits), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_value_function_gradient_vanishes_where_the_model_solves_the_lower_level():
     """With x = z the two g terms cancel: only the discrepancy moves the router."""
     training = make(0, weighted=False)

@@ -147,9 +147,7 @@ class TestTraining:
 
     @pytest.mark.parametrize(
         "method",
-        mostly_slow(
-            [*balancers.METHODS, *balancers.AGGREGATORS], fast=["marigold", "mgda", "graddrop"]
-        ),
+        mostly_slow([*balancers.METHODS, *balancers.AGGREGATORS], fast=["marigold"]),
     )
     def test_every_method_can_be_trained(self, method):
         """Traces the training of every method; compiling them all would take minutes."""
@@ -274,6 +272,7 @@ class TestTraining:
         assert experiment.continue_training._cache_size() == start + 1
         assert (runs[0].losses[:, -1] != runs[1].losses[:, -1]).any()
 
+    @pytest.mark.slow
     def test_history_averages_over_windows(self, monkeypatch):
         problem = small_problem()
         fine = experiment.train(problem, "ls", seeds=2)
@@ -325,6 +324,7 @@ class TestCommandLine:
         assert multidigits.Options(output=tmp_path.parent / "new").mistake() is None
         assert not (tmp_path.parent / "new").exists()
 
+    @pytest.mark.slow
     def test_a_run_from_options_to_files(self, monkeypatch, capsys, tmp_path):
         arguments = ["--method", "si", "ls", "si", "--seeds", "2", "--steps", "20"]
         arguments += ["--output", str(tmp_path)]

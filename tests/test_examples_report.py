@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import qm9
 import report
+from contract import mostly_slow
 from test_examples import small_problem
 
 
@@ -80,7 +81,7 @@ class TestReport:
         assert {line.count("|") for line in lines} == {8}
         assert len(lines) == 5
 
-    @pytest.mark.parametrize("num_tasks", [3, 11, 15])
+    @pytest.mark.parametrize("num_tasks", mostly_slow([3, 11, 15], fast=[3]))
     def test_published_files(self, tmp_path, num_tasks):
         errors = np.linspace(1, 2, 2 * num_tasks).reshape(2, num_tasks)
         weights = np.ones((2, 4, num_tasks))

@@ -230,6 +230,7 @@ def test_pcd_drops_shares_that_exclude_each_other():
     np.testing.assert_allclose(weights_of(bilb.pcd(tau=0.1), gram), [1, 0, 0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_pcd_follows_nobody_without_its_primary_task():
     gram = of_rows([1, 0], [0, 1])
     assert not weights_of(bilb.pcd(), gram, mask=jnp.array([False, True])).any()

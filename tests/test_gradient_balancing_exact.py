@@ -33,6 +33,7 @@ EXACT = {
     "fairgrad_2": ("fairgrad_a2", bilb.fairgrad, 1.0),
     "fairgrad_0.5": ("fairgrad_a0.5", lambda: bilb.fairgrad(0.5), 1.0),
 }
+FAST = ("mgda", "upgrad_reg", "nash_mtl", "fairgrad_2")
 every_file = pytest.mark.parametrize("name", FILES)
 
 
@@ -80,7 +81,7 @@ def relative_to(method):
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("method", mostly_slow(EXACT, fast=[*FAST, "cagrad_rescale1"]))
 @every_file
 def test_exact_solutions(name, method):
     row, factory, divisor = EXACT[method]
@@ -97,9 +98,7 @@ def test_exact_solutions(name, method):
     assert seen >= 7
 
 
-@pytest.mark.parametrize(
-    "method", mostly_slow(EXACT, fast=["mgda", "upgrad_reg", "nash_mtl", "fairgrad_2"])
-)
+@pytest.mark.parametrize("method", mostly_slow(EXACT, FAST))
 @every_file
 def test_exact_solutions_in_float32(name, method):
     row, factory, divisor = EXACT[method]
@@ -199,6 +198,7 @@ def test_as_good_as_the_best_recorded_solver(name):
             assert residual(np.asarray(solve(nash, jacobian))) <= min(recorded) + 4 * noise, case
 
 
+@pytest.mark.slow
 @pytest.mark.x64
 @every_file
 def test_cagrad_is_the_official_one_without_its_smoothing(name):

@@ -86,6 +86,7 @@ def test_decay_is_a_running_mean_of_the_squared_norms():
     assert_close(actual, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_waits_for_its_initial_losses():
     rows = np.random.default_rng(8).uniform(0.5, 2.0, (6, 2))
     masks = np.ones((6, 2), bool)

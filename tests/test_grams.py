@@ -65,7 +65,7 @@ def spy():
 
 @pytest.mark.x64
 @pytest.mark.parametrize("shared", [True, SHARED], ids=["all", "trunk"])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", mostly_slow(ENGINES, fast=[*ENGINES][:2]))
 def test_all_engines_give_the_same_gram_matrix_norms_and_gradient(engine, shared):
     _, grads, state = step(spy(), INPUTS, gram=ENGINES[engine], shared=shared)
     jacobian = jacobian_of(INPUTS, shared)
@@ -254,6 +254,7 @@ def test_the_running_mean_is_corrected_for_its_start_and_by_pair():
     np.testing.assert_allclose(state.weights, plain, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.x64
 def test_the_running_mean_is_that_of_the_losses_as_the_link_sees_them():
     """Behind the logarithm each step's matrix is divided by that step's losses."""

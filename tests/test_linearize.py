@@ -96,7 +96,9 @@ def check(task_losses, params, *args, has_aux=False, rtol=1e-10, atol=1e-12):
         pytest.param(mlp, marks=pytest.mark.slow),
         lambda params, inputs: mlp(params, inputs, scaled_tanh),
         scanned,
-        lambda params, inputs: scanned(params, inputs, jax.checkpoint),
+        pytest.param(
+            lambda params, inputs: scanned(params, inputs, jax.checkpoint), marks=pytest.mark.slow
+        ),
     ],
     ids=["mlp", "custom_vjp", "scan", "scan of checkpoints"],
 )

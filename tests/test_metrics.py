@@ -202,6 +202,7 @@ class TestParetoStationarity:
         mapped = jax.jit(jax.vmap(metrics.pareto_stationarity))(grams)
         np.testing.assert_allclose(mapped, whole.ravel(), rtol=1e-5)
 
+    @pytest.mark.slow
     def test_derivative_is_that_of_the_optimal_value(self):
         jacobian = jnp.asarray(np.random.default_rng(7).normal(size=(3, 4))).at[:, 0].add(2.0)
         direction = jnp.asarray(np.random.default_rng(8).normal(size=(3, 4)))

@@ -97,6 +97,7 @@ def test_aggregate_by_in_a_chain_takes_the_steps_of_value_and_grad():
     assert_close(params, carry[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_methods_that_look_at_no_loss_need_no_losses():
     state = by_mgda().init(PARAMS)
     without, _ = jax.jit(by_mgda().update)(ROWS, state, PARAMS)
@@ -107,6 +108,7 @@ def test_methods_that_look_at_no_loss_need_no_losses():
         jax.eval_shape(logs.update, ROWS, logs.init(PARAMS), PARAMS)
 
 
+@pytest.mark.slow
 def test_multi_steps_behind_it_accumulates_what_it_returns():
     multi_steps = as_extra_args(optax.MultiSteps(optax.sgd(0.1), 2))
     optimizer = optax.chain(by_mgda(), multi_steps)
@@ -120,6 +122,7 @@ def test_multi_steps_behind_it_accumulates_what_it_returns():
     assert_close(updates, jax.tree.map(lambda a, b: -0.1 * (a + b) / 2, *both))
 
 
+@pytest.mark.slow
 def test_multi_steps_around_it_is_an_error_and_can_accumulate_task_gradients():
     multi_steps = as_extra_args(optax.MultiSteps(optax.chain(by_mgda(), optax.sgd(0.1)), 2))
     state = multi_steps.init(PARAMS)
@@ -220,6 +223,7 @@ def test_explicitly_sharded_leaves_stay_sharded(make):
     assert_close(jax.device_get((updates, numbers(new))), (expected[0], numbers(expected[1])))
 
 
+@pytest.mark.slow
 def test_what_a_mask_leaves_out_stays_stacked_and_partition_is_the_remedy():
     # Nothing inside of optax.masked can tell; apply_updates would broadcast the parameters.
     trunk_only = {"trunk": True, "heads": False}

@@ -120,6 +120,7 @@ class TestEquations:
         still = cavity.task_losses(lambda x: jnp.zeros((len(x), 3)), points)
         np.testing.assert_array_equal(still, [0, 0, 0, 0, 0.5])
 
+    @pytest.mark.slow
     @pytest.mark.x64
     def test_residuals_of_known_phases(self):
         allen_cahn = EQUATIONS["allen_cahn"]
@@ -178,6 +179,7 @@ class TestReferences:
         np.testing.assert_array_equal(reference.second, x[thin])
         np.testing.assert_allclose(reference.values[::10, :, 0], solved.y[thin].T, atol=5e-4)
 
+    @pytest.mark.slow
     def test_cavity_against_published_values(self):
         reference = equations.cavity_reference()
         middle = len(reference.first) // 2

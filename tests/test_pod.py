@@ -159,6 +159,7 @@ def test_without_gathering_the_gradient_of_split_parameters_is_gathered_for_its_
     assert 0 < more <= parameters
 
 
+@pytest.mark.slow
 def test_the_exact_gram_matrix_reduces_every_task_gradient():
     """It needs them whole; and the count of collectives sees what is in a loop."""
     plain, parameters = collectives("ls", 1)

@@ -95,7 +95,8 @@ def sharded(check_vma):
     return jax.jit(mapped)(PARAMS, state, INPUTS)
 
 
-@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map_with_pmean_losses_is_the_step_of_one_device(check_vma):
     results = sharded(check_vma)
     for device in range(DEVICES):

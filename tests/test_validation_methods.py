@@ -125,6 +125,7 @@ def test_moml_follows_the_common_descent_direction_of_the_unrolled_objectives():
     assert_close(losses, network_losses(params, batch))
 
 
+@pytest.mark.slow
 def test_moml_does_not_learn_from_the_rounding_error_of_a_vanishing_direction():
     params, batch, validation = network()  # zero lies between the hypergradients
     training = bilb.moml(network_losses, optax.sgd(0.1), inner_learning_rate=RATE)
