@@ -39,15 +39,14 @@ DIGIT, CANVAS = 28, 36
 PARTS = {"pool": (3_500, 12_000), "validation": (750, 2_000), "test": (750, 2_000)}  # digits, pairs
 
 
-class ConvNetwork(nn.Module):
+class ConvNetwork(experiment.MultiTaskNetwork):
     """Convolutions of stride 2, a dense layer, and a linear head per task.
 
     A convolution is a dense layer on patches: kernels that differ from run to run then make one
-    batched matrix product, where ``jax.vmap`` would make a convolution of many groups.
+    batched matrix product, where ``jax.vmap`` would make a convolution of many groups. The last of
+    ``hidden`` are the units of the dense layer, the others channels.
     """
 
-    hidden: tuple[int, ...]  # channels of the convolutions, and at last units of the dense layer
-    heads: tuple[int, ...]
     patch: int = 5
 
     @nn.compact

@@ -205,6 +205,8 @@ class TestMultiMNIST:
         outputs, variables = network.init_with_output(jax.random.key(0), jnp.zeros((5, 36**2)))
         assert [output.shape for output in outputs] == [(5, 10), (5, 10)]
         assert {*variables["params"]} == {*(f"trunk_{i}" for i in range(3)), "head_0", "head_1"}
+        shared = {f"trunk_{i}": True for i in range(3)} | {"head_0": False, "head_1": False}
+        assert network.shared == {"params": shared}
 
     @pytest.mark.skipif(not importlib.util.find_spec("mlxtend"), reason="needs mlxtend")
     @pytest.mark.slow
