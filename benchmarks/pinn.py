@@ -92,7 +92,7 @@ JINNS = tuple(f"jinns.{n}" for n in ("soft_adapt", "ReLoBRaLo", "lr_annealing", 
 STUDIES = {
     "exponents": tuple(f"{p}marigold_nash" for p in ("", "quarter+", "log+")),
     "decays": tuple(f"root+nash_mtl:sketch:{d}" for d in (0.9, 0.99, 0.9999)),
-    "probes": ("nash_pinn:sketch_4",),
+    "probes": tuple(f"nash_pinn:sketch_{probes}" for probes in (2, 4)),
     "rates": tuple(f"marigold_pinn@logit_rate={r}" for r in (0.005, 0.01, 0.05, 0.1)),
     "decaying_rates": tuple(
         f"marigold_pinn@logit_rate={rate}@logit_alpha=0.01" for rate in (0.025, 0.05, 0.1, 0.2)

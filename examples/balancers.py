@@ -141,6 +141,7 @@ GRAMS = {
     "exact": lambda s: bilb.grams.exact(),
     "stacked": lambda s: bilb.grams.stacked(),
     "sketch": lambda s: bilb.grams.sketch(key=s.seed),
+    "sketch_2": lambda s: bilb.grams.sketch(probes=2, key=s.seed),
     "sketch_4": lambda s: bilb.grams.sketch(probes=4, key=s.seed),
 }
 
