@@ -128,6 +128,10 @@ class TestAugmentation:
 
 
 class TestSegNet:
+    def test_the_derivative_of_a_maximum_goes_to_its_one_place(self):
+        derivative = jax.grad(lambda images: segnet.pool(images)[0].sum())(jnp.ones((1, 2, 2, 1)))
+        np.testing.assert_array_equal(derivative.ravel(), [1, 0, 0, 0])
+
     def test_pool_and_unpool(self, rng):
         images = jnp.asarray(rng.normal(size=(2, 4, 6, 3)), jnp.float32)
         maxima, places = segnet.pool(images)

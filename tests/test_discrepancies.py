@@ -168,3 +168,9 @@ def test_spread_has_a_derivative_where_no_entry_equals_the_largest(monkeypatch):
     np.testing.assert_array_equal(derivative(jnp.array([1.0, 4.0, 2.0])), [-1, 1, 0])
     where = jnp.array([True, False, True])
     np.testing.assert_array_equal(derivative(jnp.array([1.0, 4.0, 2.0]), where=where), [-1, 0, 1])
+
+
+def test_a_nan_shows_in_the_derivative_of_the_spread_unless_it_is_absent():
+    derivative, u = jax.grad(discrepancies.spread), jnp.array([jnp.nan, 1.0, 2.0])
+    assert jnp.isnan(derivative(u)[0])
+    np.testing.assert_array_equal(derivative(u, where=jnp.array([False, True, True])), [0, -1, 1])

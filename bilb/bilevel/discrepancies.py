@@ -114,7 +114,8 @@ def _spread_jvp(primals, tangents):
     high = where & (top >= jnp.max(top)) | (i == jnp.argmax(top))
     low = where & (bottom <= jnp.min(bottom)) | (i == jnp.argmin(bottom))
     mean = lambda chosen: jnp.sum(tangents[0], where=chosen) / jnp.sum(chosen).astype(u.dtype)
-    return _spread(*primals), mean(high) - mean(low)
+    shown = jnp.where(jnp.isnan(jnp.max(top)), jnp.nan, 1.0)  # else a NaN, both ends, would cancel
+    return _spread(*primals), shown * (mean(high) - mean(low))
 
 
 def _extremes(u, where):
