@@ -9,7 +9,7 @@ against their published single-task row, lower is better.
 
     pip install 'bilb[bench]'
     python benchmarks/qm9.py --methods ls si bilb4mtl --seeds 3
-    python benchmarks/qm9.py --molecules 6000 --epochs 20                # a reduced protocol
+    python benchmarks/qm9.py --molecules 2400 --epochs 25 --dim 16 --batch-size 20    # in small
     python benchmarks/qm9.py --methods STL@task=0 STL@task=1             # own single-task networks
     python benchmarks/qm9.py --report
 
@@ -86,6 +86,8 @@ PUBLISHED = {
     "igb_v1": 73.9,
     "igb_v2": 67.7,
 }
+SIZES = ("molecules", "dim", "batch_size")
+SETTING = (*SIZES, "epochs", "learning_rate")
 FIELDS = {"penalty": float, "gram": str, "decay": float, "task": int}
 
 
@@ -103,6 +105,8 @@ class Options:
     """Epochs."""
     dim: int = 64
     """Width of the network."""
+    batch_size: int = BATCH_SIZE
+    """Molecules per step."""
     learning_rate: float = LEARNING_RATE
     """Initial learning rate of Adam."""
     report: bool = False
@@ -124,9 +128,11 @@ class Options:
                 return f"separate networks, and only they, are of one task: {method}@task=0"
             if not 0 <= fields.get("task", 0) < NUM_TASKS:
                 return f"task must be at least 0 and below {NUM_TASKS}; got {fields['task']}"
-        if min(self.seeds, self.epochs, self.dim) < 1 or self.learning_rate <= 0:
-            return "--seeds, --epochs and --dim must be at least 1, --learning-rate positive"
-        smallest = 12 * BATCH_SIZE
+        if min(self.seeds, self.epochs, self.dim, self.batch_size) < 1:
+            return "--seeds, --epochs, --dim and --batch-size must be at least 1"
+        if self.learning_rate <= 0:
+            return "--learning-rate must be positive"
+        smallest = 12 * self.batch_size
         if not smallest <= self.molecules <= example.NUM_MOLECULES:
             return f"--molecules must be between {smallest} and {example.NUM_MOLECULES}"
         return None
@@ -195,7 +201,7 @@ class Trainer:
         method, fields = protocol.parse(name, FIELDS)
         self.task = fields.pop("task", None)
         self.data, self.options, self.seed = data, options, seed
-        self.steps = len(data.train.targets) // BATCH_SIZE
+        self.steps = len(data.train.targets) // options.batch_size
         network = molecules.MessagePassing(NUM_TASKS, options.dim)
         apply = jax.vmap(network.apply, in_axes=(None, 0, 0))
         selection = jnp.ones(NUM_TASKS)
@@ -236,15 +242,16 @@ class Trainer:
 
     def start(self) -> Any:
         """Returns the first carry."""
-        batch = jax.tree.map(lambda x: x[:BATCH_SIZE], self.train)
+        batch = jax.tree.map(lambda x: x[: self.options.batch_size], self.train)
         state = jax.jit(self.value_and_grad.init)(self.parameters, batch)
         return self.parameters, self.optimizer.init(self.parameters), state
 
     def epoch(self, carry: Any, number: int, rate: float) -> Any:
         """Trains one epoch, whose order depends on the seed and its number."""
         rng = np.random.default_rng((self.seed, number))
-        order = rng.permutation(len(self.data.train.targets))[: self.steps * BATCH_SIZE]
-        rows = jnp.asarray(order.reshape(self.steps, BATCH_SIZE))
+        size = self.options.batch_size
+        order = rng.permutation(len(self.data.train.targets))[: self.steps * size]
+        rows = jnp.asarray(order.reshape(self.steps, size))
         parameters, opt_state, state = carry
         opt_state.hyperparams["learning_rate"] = jnp.asarray(rate, jnp.float32)
         return self._epoch((parameters, opt_state, state), rows, self.train)
@@ -282,7 +289,8 @@ def train(name: str, data: Data, seed: int, options: Options, folder: Path) -> p
     unknown = np.full(NUM_TASKS, np.nan)
     plateau = np.array([options.learning_rate, np.inf, 0.0])
     progress = Progress(plateau, np.array(np.inf), np.array(0), unknown, unknown, np.array(0.0))
-    setting = {"method": name, "seed": seed, "molecules": options.molecules, "dim": options.dim}
+    sizes = {name: getattr(options, name) for name in SIZES}
+    setting = {"method": name, "seed": seed, **sizes}
 
     def epoch(number, state):
         carry, progress = state
@@ -297,9 +305,8 @@ def train(name: str, data: Data, seed: int, options: Options, folder: Path) -> p
         "method": name,
         "learning_rate": options.learning_rate,
         "seed": seed,
-        "molecules": options.molecules,
+        **sizes,
         "epochs": options.epochs,
-        "dim": options.dim,
         "best_epoch": int(progress.best_epoch),
         "validation": protocol.rounded(progress.validation),
         "errors": protocol.rounded(progress.test),
@@ -371,9 +378,10 @@ def publish(lines: Sequence[protocol.Line], options: Options) -> str:
     """Writes the table as Markdown and returns it."""
     seconds = [line["seconds_per_epoch"] for line in lines] or [math.nan]
     text = (
-        f"# QM9, message passing\n\n{options.molecules} molecules, {options.epochs} epochs, width "
-        f"{options.dim}, learning rate {options.learning_rate:g}; {np.median(seconds):.0f} s per "
-        "epoch (median). Errors in the papers' units; Δm in percent, mean and 95 % t interval.\n\n"
+        f"# QM9, message passing\n\n{options.molecules} molecules, {options.epochs} epochs, "
+        f"batches of {options.batch_size}, width {options.dim}, learning rate "
+        f"{options.learning_rate:g}; {np.median(seconds):.0f} s per epoch (median).\n"
+        "Errors in the papers' units; Δm in percent, mean and 95 % t interval.\n\n"
         f"{table(lines)}"
     )
     options.output.mkdir(parents=True, exist_ok=True)
@@ -386,8 +394,8 @@ def main(options: Options) -> None:
     if mistake := options.mistake():
         sys.exit(f"error: {mistake}")
     path = options.output / "runs.jsonl"
-    key = lambda line: tuple(line[f] for f in ("molecules", "epochs", "dim", "learning_rate"))
-    wanted = (options.molecules, options.epochs, options.dim, options.learning_rate)
+    key = lambda line: tuple(line[field] for field in SETTING)
+    wanted = tuple(getattr(options, field) for field in SETTING)
     mine = lambda: [line for line in protocol.read(path) if key(line) == wanted]
     if not options.report:
         try:

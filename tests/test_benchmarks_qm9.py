@@ -245,6 +245,8 @@ class TestTraining:
             ({"methods": ("nothing",)}, "nothing"),
             ({"molecules": 10}, "--molecules"),
             ({"epochs": 0}, "--epochs"),
+            ({"batch_size": 0}, "--batch-size"),
+            ({"learning_rate": 0.0}, "--learning-rate"),
         ],
     )
     def test_mistakes(self, tmp_path, values, message):
