@@ -87,12 +87,14 @@ METHODS = (
 #: jinns' own schemes, in the table where they were run.
 JINNS = tuple(f"jinns.{n}" for n in ("soft_adapt", "ReLoBRaLo", "lr_annealing", "prior_loss"))
 #: Named like methods they stand for their members, beside marigold_pinn (the power 1/2) and
-#: nash_pinn (the decay .999): the power of the losses, the decay of the Gram matrix's running mean,
-#: how many random directions sketch it, and marigold_pinn's own numbers.
+#: nash_pinn (the decay .999): the power of the losses, the decay of the Gram matrix's running mean
+#: with and without more random directions in the first steps, how many there are without them, and
+#: marigold_pinn's own numbers.
 STUDIES = {
     "exponents": tuple(f"{p}marigold_nash" for p in ("", "quarter+", "log+")),
     "decays": tuple(f"root+nash_mtl:sketch:{d}" for d in (0.9, 0.99, 0.9999)),
-    "probes": tuple(f"nash_pinn:sketch_{probes}" for probes in (2, 4)),
+    "no_warmup": tuple(f"root+nash_mtl:sketch_1:{d}" for d in (0.9, 0.99, 0.9999)),
+    "probes": tuple(f"nash_pinn:sketch_{probes}" for probes in (1, 2, 4)),
     "rates": tuple(f"marigold_pinn@logit_rate={r}" for r in (0.005, 0.01, 0.05, 0.1)),
     "decaying_rates": tuple(
         f"marigold_pinn@logit_rate={rate}@logit_alpha=0.01" for rate in (0.025, 0.05, 0.1, 0.2)

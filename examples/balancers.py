@@ -141,8 +141,10 @@ GRAMS = {
     "exact": lambda s: bilb.grams.exact(),
     "stacked": lambda s: bilb.grams.stacked(),
     "sketch": lambda s: bilb.grams.sketch(key=s.seed),
-    "sketch_2": lambda s: bilb.grams.sketch(probes=2, key=s.seed),
-    "sketch_4": lambda s: bilb.grams.sketch(probes=4, key=s.seed),
+    # The same number of probes at all steps.
+    "sketch_1": lambda s: bilb.grams.sketch(probes=1, key=s.seed, warmup_steps=0),
+    "sketch_2": lambda s: bilb.grams.sketch(probes=2, key=s.seed, warmup_steps=0),
+    "sketch_4": lambda s: bilb.grams.sketch(probes=4, key=s.seed, warmup_steps=0),
 }
 
 REFERENCES: dict[str, Factory] = {

@@ -191,10 +191,34 @@ class TestSketch:
         assert (spread > 0.5 * bound).all()
 
     def test_one_probe_is_positive_semi_definite_of_rank_one(self):
-        gram = bilb.grams.sketch()(task_losses, PARAMS, INPUTS)
+        gram = bilb.grams.sketch(warmup_steps=0)(task_losses, PARAMS, INPUTS)
         values = np.linalg.eigvalsh(gram)
         assert values[-1] > 0
         np.testing.assert_allclose(values[:-1], 0, atol=1e-5 * values[-1])
+
+    @pytest.mark.x64
+    def test_the_first_steps_take_more_probes(self):
+        of = lambda probes, **given: (
+            lambda step: bilb.grams.sketch(probes, **given)(task_losses, PARAMS, INPUTS, step=step)
+        )
+        steps = jnp.arange(6)
+        warm = of(2, warmup_steps=3, warmup_probes=8)
+        few, many = of(2, warmup_steps=0), of(8, warmup_steps=0)
+        expected = [(many if step < 3 else few)(step) for step in range(6)]
+        for found in (jax.vmap(warm)(steps), jax.lax.map(warm, steps), [*map(warm, range(6))]):
+            np.testing.assert_allclose(found, expected, rtol=1e-12)
+        # The larger number counts, and neither is needed for the other's sake.
+        np.testing.assert_allclose(of(8, warmup_probes=2)(0), many(0), rtol=1e-12)
+
+    @pytest.mark.parametrize(("num_tasks", "first"), [(2, 16), (8, 16), (9, 18), (40, 80)])
+    def test_the_first_steps_see_the_whole_matrix(self, num_tasks, first):
+        """By default they take 16 probes each, or twice as many as there are tasks."""
+        engine = bilb.grams.sketch()
+        numbers = [int(engine.probes_of(jnp.array(s), num_tasks)) for s in (0, 19, 20)]
+        assert numbers == [first, first, 1]
+        losses = lambda x: x * jnp.arange(1.0, num_tasks + 1)
+        gram = engine(losses, jnp.ones(num_tasks), step=0)
+        assert np.linalg.matrix_rank(gram) == num_tasks
 
     @pytest.mark.slow
     def test_directions_depend_on_key_and_step_alone(self):
@@ -205,10 +229,11 @@ class TestSketch:
 
     @pytest.mark.x64
     def test_only_shared_parameters_enter(self):
-        state = step(spy(), INPUTS, gram=bilb.grams.sketch(), shared=SHARED)[2]
+        gram = bilb.grams.sketch(warmup_steps=0)
+        state = step(spy(), INPUTS, gram=gram, shared=SHARED)[2]
         frozen = lambda trunk: task_losses({**PARAMS, "trunk": trunk}, INPUTS)
         # The same entries of ±1 for the trunk, by their place in the tree.
-        key = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 1)[0]
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), 0)
         direction = optax.tree.random_like(key, PARAMS, sampler=jax.random.rademacher)["trunk"]
         _, slopes = jax.jvp(frozen, (PARAMS["trunk"],), (direction.astype(float),))
         np.testing.assert_allclose(state.balancer["gram"], np.outer(slopes, slopes), rtol=1e-9)
@@ -300,6 +325,8 @@ def test_a_gram_matrix_that_is_not_due_is_not_taken():
         (lambda: bilb.grams.exact(chunk_size=0), "chunk_size.*0"),
         (lambda: bilb.grams.stacked(chunk_size=-1), "chunk_size.*-1"),
         (lambda: bilb.grams.sketch(probes=0), "probes.*0"),
+        (lambda: bilb.grams.sketch(warmup_steps=-1), "warmup_steps.*-1"),
+        (lambda: bilb.grams.sketch(warmup_probes=0), "warmup_probes.*0"),
         (lambda: bilb.mgda(decay=1.0), "decay.*1"),
         (lambda: bilb.mgda(decay=-0.1), r"decay.*-0\.1"),
         (
@@ -307,7 +334,7 @@ def test_a_gram_matrix_that_is_not_due_is_not_taken():
             r"gram must have shape \(3, 3\).*\(2, 2\)",
         ),
     ],
-    ids=["exact", "stacked", "sketch", "decay", "negative decay", "shape"],
+    ids=["exact", "stacked", "sketch", "steps", "warm-up", "decay", "negative decay", "shape"],
 )
 def test_bad_arguments_are_named(build, message):
     with pytest.raises(ValueError, match=message):
