@@ -200,9 +200,8 @@ class Sketch(Engine):
             sample = jax.random.rademacher
             direction = optax.tree.random_like(jax.random.fold_in(key, i), params, sampler=sample)
             right = at.pushforward(direction)
-            return total + jnp.outer(
-                right if other is None else other.pushforward(direction), right
-            )
+            left = right if other is None else other.pushforward(direction)
+            return total + jnp.outer(left, right)
 
         num_tasks, dtype = at.losses.shape[0], base.at_least_float32(at.losses.dtype)
         probes = self.probes_of(step, num_tasks)
