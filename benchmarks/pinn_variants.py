@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import pinn
 import protocol
 import report
-from equations import EQUATIONS, SQUARE, Box, Equation, derivatives, helmholtz_solution
+from equations import EQUATIONS, Box, Equation
 
 import bilb
 
@@ -97,32 +97,25 @@ class Options:
 
 def in_pieces(pieces: int = PIECES, number: int = 4) -> Equation:
     """Returns Helmholtz's equation with a loss for each piece of the boundary."""
-    ends = np.linspace(-1.0, 1.0, pieces + 1).tolist()
-    spans = list(itertools.pairwise(ends))
-    boxes = {
-        **{f"left {i}": Box(number, (-1.0, a), (-1.0, b)) for i, (a, b) in enumerate(spans)},
-        **{f"right {i}": Box(number, (1.0, a), (1.0, b)) for i, (a, b) in enumerate(spans)},
-        **{f"bottom {i}": Box(number, (a, -1.0), (b, -1.0)) for i, (a, b) in enumerate(spans)},
-        **{f"top {i}": Box(number, (a, 1.0), (b, 1.0)) for i, (a, b) in enumerate(spans)},
-    }
+    whole = EQUATIONS["helmholtz"]
+    inside, *sides = whole.losses
+    boxes = {}
+    for side in sides:
+        (box,) = whole.regions[side]
+        ends = np.linspace(box.low, box.high, pieces + 1)
+        spans = enumerate(itertools.pairwise(map(tuple, ends.tolist())))
+        boxes |= {f"{side} {i}": Box(number, low, high) for i, (low, high) in spans}
 
     def residuals(field, points):
-        x = points["inside"]
-        *_, u_xx = derivatives(field, x, 0)
-        u, _, u_yy = derivatives(field, x, 1)
-        source = (1 - 5 * np.pi**2) * helmholtz_solution(x)
-        on_pieces = field(jnp.concatenate([points[name] for name in boxes]))
-        return u_xx + u_yy + u - source, *jnp.split(on_pieces, len(boxes))
+        together = {
+            side: jnp.concatenate([points[name] for name in boxes if name.startswith(side)])
+            for side in sides
+        }
+        of_equation, *on_sides = whole.residuals(field, {"inside": points["inside"], **together})
+        return of_equation, *(piece for side in on_sides for piece in jnp.split(side, pieces))
 
-    return dataclasses.replace(
-        EQUATIONS["helmholtz"],
-        losses=("residual", *boxes),
-        regions={
-            "inside": (Box(128, *SQUARE),),
-            **{name: (box,) for name, box in boxes.items()},
-        },
-        residuals=residuals,
-    )
+    regions = {"inside": whole.regions["inside"]} | {name: (box,) for name, box in boxes.items()}
+    return dataclasses.replace(whole, losses=(inside, *boxes), regions=regions, residuals=residuals)
 
 
 PROBLEMS = {name: EQUATIONS[name] for name in TWO} | {"helmholtz_in_pieces": in_pieces()}
