@@ -228,10 +228,10 @@ class TestTraining:
         monkeypatch.setattr(benchmark, "split", lambda graphs: data)
         options = options_in(tmp_path, methods=("ls", "STL@task=0"), epochs=1)
         benchmark.main(options)
-        lines = benchmark.protocol.read(tmp_path / "runs.jsonl")
+        lines = benchmark.protocol.read(tmp_path / "qm9.jsonl")
         assert [line["method"] for line in lines] == ["ls", "STL@task=0"]
         text = (tmp_path / "qm9.md").read_text()
-        assert "| ls | 1 |" in text
+        assert "| ls | 0.001 | 1 |" in text
         assert "+177.6" in text
         monkeypatch.setattr(benchmark, "train", lambda *args: pytest.fail("trained again"))
         benchmark.main(options)
@@ -253,10 +253,39 @@ class TestTraining:
         assert message in options_in(tmp_path, **values).mistake()
 
 
+def made_up_line(method, rate, seed, errors, validation):
+    setting = {"method": method, "learning_rate": rate, "seed": seed, "seconds_per_epoch": 1.0}
+    return setting | {"errors": [*errors], "validation": [*validation]}
+
+
 def test_own_single_task_networks():
+    """Of each task those at the learning rate with the lowest validation error."""
+    ones, lines = np.ones(11), []
+    for task in range(11):
+        name, better = f"STL@task={task}", 1e-3 if task < 4 else 1e-2
+        for rate in (1e-3, 1e-2):
+            validation = ones if rate == better else 2 * ones
+            for seed in (0, 1):
+                errors = (task + seed) * ones if rate == better else -ones
+                lines.append(made_up_line(name, rate, seed, errors, validation))
+    np.testing.assert_array_equal(benchmark.own_stl(lines), np.arange(11) + 0.5)
+    assert benchmark.own_stl(lines[:-4]) is None
+
+
+def test_the_table_has_a_row_for_each_learning_rate():
+    twice, ones = 2 * np.array(benchmark.PUBLISHED_STL), np.ones(11)
     lines = [
-        {"method": f"STL@task={task}", "errors": [10.0 * task + k for k in range(11)]}
-        for task in range(11)
+        made_up_line("si", 1e-2, 0, twice, ones),
+        made_up_line("si", 1e-3, 0, twice / 2, ones),
+        made_up_line("si", 1e-3, 1, twice, ones),
+        made_up_line("ls", 1e-3, 0, twice, ones),
     ]
-    np.testing.assert_array_equal(benchmark.own_stl(lines), 11.0 * np.arange(11))
-    assert benchmark.own_stl(lines[:-1]) is None
+    rows = [row.split(" | ") for row in benchmark.table(lines).splitlines()[2:]]
+    rows = [(row[0].strip("| "), *row[1:3], row[-2]) for row in rows]
+    assert [row[:3] for row in rows] == [
+        ("si", "0.001", "2"),
+        ("ls", "0.001", "1"),
+        ("si", "0.01", "1"),
+    ]
+    assert rows[0][3].startswith("+50.0 ± ")
+    assert rows[2][3] == "+100.0 ± inf"
