@@ -13,7 +13,7 @@ The learning rate of each row, and of 10 and 100 the constant weight of all loss
 equation, are the ones with the lowest error on validation points over the seeds; the errors shown
 are those of the same seeds on other points.
 
-    python benchmarks/pinn_variants.py                 # an hour on one core
+    python benchmarks/pinn_variants.py                 # half an hour on one core
     python benchmarks/pinn_variants.py --studies sgd --seeds 3
     python benchmarks/pinn_variants.py --report
 
@@ -47,7 +47,7 @@ import bilb
 
 HIDDEN = (32, 32, 32)
 PIECES = 9
-WARMUP_STEPS, WARMUP_PROBES = 20, 16
+SKETCH = bilb.grams.sketch()
 PROBES = ("signs", "gaussian", "update", "adam")
 
 
@@ -128,7 +128,7 @@ def balancer_of(method: str, number: int) -> tuple[optax.GradientTransformation,
         return bilb.linear_scalarization(np.array([1.0, *[float(value)] * (number - 1)])), {}
     if name == "marigold_pinn":
         return bilb.presets.marigold_pinn(), {}
-    return bilb.presets.nash_pinn(), {"gram": bilb.grams.sketch()}
+    return bilb.presets.nash_pinn(), {"gram": SKETCH}
 
 
 def direction(kind: str, key: Any, update: Any, moments: Any) -> Any:
@@ -158,8 +158,8 @@ def sketch(
 ) -> Any:
     """Returns the Gram matrix (K, K) of a step, estimated along probes of a kind."""
     losses, _, pushforward = bilb.linearize(task_losses, params, points)
-    early = number < WARMUP_STEPS
-    probes = jnp.where(early, WARMUP_PROBES, 1)
+    early = number < SKETCH.warmup_steps
+    probes = SKETCH.probes_of(number, losses.size)
 
     def add(i, total):
         of = lambda kind: direction(kind, jax.random.fold_in(key, i), update, moments)
