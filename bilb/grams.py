@@ -125,7 +125,8 @@ def sketch(
     checks.number("probes", probes, minimum=1, **of_number)
     checks.number("warmup_steps", warmup_steps, minimum=0, **of_number)
     checks.number("warmup_probes", warmup_probes, minimum=1, optional=True, **of_number)
-    return Sketch(probes, base.as_key(key), warmup_steps, warmup_probes)
+    first = None if warmup_probes is None else int(warmup_probes)
+    return Sketch(int(probes), base.as_key(key), int(warmup_steps), first)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -209,6 +209,8 @@ class TestSketch:
             np.testing.assert_allclose(found, expected, rtol=1e-12)
         # The larger number counts, and neither is needed for the other's sake.
         np.testing.assert_allclose(of(8, warmup_probes=2)(0), many(0), rtol=1e-12)
+        floats = of(2.0, warmup_steps=3.0, warmup_probes=8.0)
+        np.testing.assert_allclose(floats(0), many(0), rtol=1e-12)
 
     @pytest.mark.parametrize(("num_tasks", "first"), [(2, 16), (8, 16), (9, 18), (40, 80)])
     def test_the_first_steps_see_the_whole_matrix(self, num_tasks, first):
