@@ -1,10 +1,13 @@
 """A training step in bilb beside the same step in PyTorch: steps per second and peak memory.
 
-Both train one perceptron with K linear heads on the same batch with Adam. The opponents:
+Both train one perceptron with K linear heads on the same batch with Adam. Methods that read Gram
+matrices have them of :func:`bilb.grams.exact`, the default, in ``bilb``, and of all task gradients
+stacked in ``stacked``. The opponents:
 
 * ``torch``: a plain PyTorch step written from the method's formulas;
 * ``compiled``: the same with its losses and weights under ``torch.compile``;
-* ``torchjd``: TorchJD's Jacobian, aggregated by its own implementation of the method.
+* ``torchjd``: TorchJD's Jacobian, aggregated by its own implementation of the method;
+* ``autogram``: TorchJD's Gram matrix, and its weights by that implementation.
 
 Every round takes a few steps of each, in turns, so that what else the machine does hits all alike;
 the table has the median over the rounds of the ratios to bilb's own time and, in brackets, to its
@@ -17,7 +20,8 @@ step needs, or what PyTorch's profiler sees allocated at most.
     python benchmarks/side_by_side.py --methods bilb4mtl --num-tasks 40 --rounds 51
     taskset -c 0 python benchmarks/side_by_side.py              # one thread each, on one core
 
-Every method is a line of side_by_side.jsonl as soon as it is measured, and is not measured again.
+Every method at every width and K is a line of side_by_side.jsonl as soon as it is measured, and is
+not measured again.
 The last column says how far apart the losses are after two steps from the same parameters: not at
 all, but for rounding, and for methods that draw random numbers or that TorchJD solves less closely.
 """
@@ -63,7 +67,9 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "aligned_mtl": lambda: bilb.aligned_mtl(),
     "upgrad": lambda: bilb.upgrad(),
 }
-OPPONENTS = ("torch", "compiled", "torchjd")
+#: Those of them that read Gram matrices.
+READ_GRAM = ("mgda", "cagrad", "pcgrad", "imtl_g", "aligned_mtl", "upgrad")
+OPPONENTS = ("stacked", "torch", "compiled", "torchjd", "autogram")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +82,8 @@ class Options:
     """Numbers of tasks K."""
     inputs: int = 128
     """Inputs of the model."""
-    width: int = 512
-    """Width of the model's hidden layers."""
+    widths: tuple[int, ...] = (64, 512)
+    """Widths of the model's hidden layers."""
     depth: int = 3
     """Number of the model's hidden layers."""
     batch_size: int = 256
@@ -85,7 +91,7 @@ class Options:
     rounds: int = 21
     """Timed rounds."""
     steps: int = 5
-    """Steps of each opponent in a round."""
+    """Steps of each opponent in a round; one where a step takes a tenth of a second."""
     output: Path = Path("outputs/side_by_side")
     """Folder for the tables and the numbers."""
 
@@ -94,18 +100,18 @@ class Options:
         unknown = [name for name in self.methods if name not in METHODS]
         if unknown or not self.methods:
             return f"unknown method {', '.join(unknown)}; choose from: {', '.join(METHODS)}"
-        if min(self.rounds, self.steps, *self.num_tasks) < 1:
-            return "--rounds, --steps and --num-tasks must be at least 1"
+        if min(self.rounds, self.steps, *self.num_tasks, *self.widths) < 1:
+            return "--rounds, --steps, --num-tasks and --widths must be at least 1"
         return None
 
 
 class Problem:
     """Parameters and a batch as NumPy arrays, the same for both libraries."""
 
-    def __init__(self, options: Options, num_tasks: int):
+    def __init__(self, options: Options, width: int, num_tasks: int):
         """Draws them."""
         rng = np.random.default_rng(0)
-        sizes = [options.inputs, *[options.width] * options.depth, num_tasks]
+        sizes = [options.inputs, *[width] * options.depth, num_tasks]
         draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
         self.kernels = [draw(n, m) * np.float32(n**-0.5) for n, m in itertools.pairwise(sizes)]
         self.inputs = draw(options.batch_size, options.inputs)
@@ -118,7 +124,7 @@ class Problem:
 class BilbStep:
     """A jitted training step of bilb; calling it takes one and returns the losses before it."""
 
-    def __init__(self, method: str, problem: Problem):
+    def __init__(self, method: str, problem: Problem, gram: bilb.grams.Engine):
         """Compiles nothing yet."""
 
         def task_losses(params, inputs, targets):
@@ -127,9 +133,7 @@ class BilbStep:
                 inputs = jax.nn.relu(inputs @ kernel)
             return jnp.mean((inputs @ heads - targets) ** 2, axis=0)
 
-        value_and_grad = bilb.value_and_grad(
-            task_losses, METHODS[method](), gram=bilb.grams.stacked()
-        )
+        value_and_grad = bilb.value_and_grad(task_losses, METHODS[method](), gram=gram)
         optimizer = optax.adam(LEARNING_RATE)
 
         def step(params, opt_state, state, *batch):
@@ -159,7 +163,9 @@ class BilbStep:
 def make_step(kind: str, method: str, problem: Problem) -> Callable[[], np.ndarray] | None:
     """Returns a step of bilb or of an opponent, None where the opponent has none of the method."""
     if kind == "bilb":
-        return BilbStep(method, problem)
+        return BilbStep(method, problem, bilb.grams.exact())
+    if kind == "stacked":
+        return BilbStep(method, problem, bilb.grams.stacked()) if method in READ_GRAM else None
     return torch_steps.make(kind, method, problem, learning_rate=LEARNING_RATE, penalty=PENALTY)
 
 
@@ -171,8 +177,11 @@ def time_rounds(
     The order turns from round to round.
     """
     for step in steps.values():
-        for _ in range(3):
-            step()
+        step()  # compiles if it has not been called before
+    start = time.perf_counter()
+    for step in steps.values():
+        step()
+    number = number if time.perf_counter() - start < 0.1 * len(steps) else 1
     seconds: dict[str, list[Any]] = {name: [] for name in steps}
     names = list(steps)
     now = lambda: np.array([time.perf_counter(), time.process_time()])
@@ -192,10 +201,10 @@ def ratios(seconds: np.ndarray, reference: np.ndarray) -> dict[str, float]:
     return {"wall": wall, "processor": processor}
 
 
-def compare(num_tasks: int, options: Options) -> Iterator[dict[str, Any]]:
+def compare(width: int, num_tasks: int, options: Options) -> Iterator[dict[str, Any]]:
     """Yields the numbers of every method, opponents as far as they have it."""
     for method in options.methods:
-        problem = Problem(options, num_tasks)
+        problem = Problem(options, width, num_tasks)
         made = {kind: make_step(kind, method, problem) for kind in ("bilb", *OPPONENTS)}
         steps = {kind: step for kind, step in made.items() if step is not None}
         losses = {kind: [step() for _ in range(3)][-1] for kind, step in steps.items()}
@@ -205,11 +214,11 @@ def compare(num_tasks: int, options: Options) -> Iterator[dict[str, Any]]:
             if kind != "bilb"
         }
         if method != "ls":
-            steps["ls"] = BilbStep("ls", problem)
+            steps["ls"] = make_step("bilb", "ls", problem)
         seconds = time_rounds(steps, options.rounds, options.steps)
         memory = {kind: step.peak_bytes() / 2**20 for kind, step in steps.items() if kind in losses}
         yield {
-            "problem": "perceptron",
+            "width": width,
             "num_tasks": num_tasks,
             "method": method,
             "steps_per_second": {k: 1 / float(np.median(of[:, 0])) for k, of in seconds.items()},
@@ -223,7 +232,7 @@ def compare(num_tasks: int, options: Options) -> Iterator[dict[str, Any]]:
 def table(found: Sequence[dict[str, Any]]) -> str:
     """Returns the numbers in Markdown; ratios of processor time are in brackets."""
     of_time = lambda of: f"{of['wall']:.2f} ({of['processor']:.2f})"
-    head = ["K", "method", "bilb, steps/s", "bilb / its LS"]
+    head = ["width", "K", "method", "bilb, steps/s", "bilb / its LS"]
     head += [f"{kind}: time / bilb's" for kind in OPPONENTS]
     head += ["bilb, peak MiB", *(f"{kind}: peak / bilb's" for kind in OPPONENTS), "losses apart"]
     cells = []
@@ -232,12 +241,13 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         own = memory.get("bilb", math.nan)
         cells.append(
             [
+                str(of["width"]),
                 str(of["num_tasks"]),
                 of["method"],
                 f"{of['steps_per_second']['bilb']:.0f}",
                 of_time(of["time_over_ls"]),
                 *(of_time(time_of[kind]) if kind in time_of else "" for kind in OPPONENTS),
-                f"{own:.0f}" if memory else "",
+                f"{own:.1f}" if memory else "",
                 *(f"{memory[kind] / own:.2f}" if kind in memory else "" for kind in OPPONENTS),
                 f"{max(of['apart'].values(), default=0.0):.0e}",
             ]
@@ -251,17 +261,18 @@ def main(options: Options) -> None:
         sys.exit(f"error: {mistake}")
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "side_by_side.jsonl"
-    for num_tasks in options.num_tasks:
-        known = {(of["num_tasks"], of["method"]) for of in protocol.read(path)}
-        left = tuple(method for method in options.methods if (num_tasks, method) not in known)
-        for of in compare(num_tasks, dataclasses.replace(options, methods=left)):
+    sizes = lambda of: (of["width"], of["num_tasks"])
+    for size in itertools.product(options.widths, options.num_tasks):
+        known = {of["method"] for of in protocol.read(path) if sizes(of) == size}
+        left = tuple(method for method in options.methods if method not in known)
+        for of in compare(*size, dataclasses.replace(options, methods=left)):
             protocol.append(path, [of])
             print(json.dumps(of), flush=True)
-    found = sorted(protocol.read(path), key=lambda of: of["num_tasks"])
+    found = sorted(protocol.read(path), key=sizes)
     model = (
-        f"A perceptron of {options.depth} hidden layers of {options.width} units, "
-        f"{options.inputs} inputs, batches of {options.batch_size}; jax {jax.__version__}, "
-        f"{torch_steps.versions()}; {jax.default_backend().upper()}."
+        f"A perceptron of {options.depth} hidden layers, {options.inputs} inputs, batches of "
+        f"{options.batch_size}; jax {jax.__version__}, {torch_steps.versions()}; "
+        f"{jax.default_backend().upper()}."
     )
     text = f"# Training steps beside PyTorch's\n\n{model}\n\n{table(found)}"
     print(text)

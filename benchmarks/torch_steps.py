@@ -26,6 +26,7 @@ def load() -> Any:
     """Imports PyTorch and TorchJD."""
     import torch
     import torchjd.aggregation
+    import torchjd.autogram
     import torchjd.autojac
 
     return torch, torchjd
@@ -38,12 +39,12 @@ def versions() -> str:
     return ", ".join(f"{name} {installed.version(name)}" for name in ("torch", "torchjd"))
 
 
-def task_losses(params: list[Any], inputs: Any, targets: Any) -> Any:
+def task_losses(layers: list[Callable[[Any], Any]], inputs: Any, targets: Any) -> Any:
     """Returns the mean squared errors (K,)."""
-    *hidden, heads = params
-    for kernel in hidden:
-        inputs = (inputs @ kernel).relu()
-    return ((inputs @ heads - targets) ** 2).mean(0)
+    *hidden, heads = layers
+    for layer in hidden:
+        inputs = layer(inputs).relu()
+    return ((heads(inputs) - targets) ** 2).mean(0)
 
 
 class TorchStep:
@@ -76,14 +77,15 @@ def make(
     """Returns a step of PyTorch, None if there is none.
 
     Args:
-        kind: ``torch``, ``compiled`` or ``torchjd``.
+        kind: ``torch``, ``compiled``, ``torchjd`` or ``autogram``.
         method: the method's name.
         problem: its ``kernels``, ``inputs`` and ``targets`` are NumPy arrays.
         learning_rate: of Adam, for the model and what a method learns (FAMO has its own).
         penalty: of BiLB4MTL.
     """
     torch, torchjd = load()
-    params = [torch.tensor(kernel, requires_grad=True) for kernel in problem.kernels]
+    layers = [linear(kernel) for kernel in problem.kernels]
+    params = [layer.weight for layer in layers]
     batch = torch.tensor(problem.inputs), torch.tensor(problem.targets)
 
     def held(*optimizers):
@@ -92,14 +94,15 @@ def make(
         return [*params, *batch, *tensors]
 
     adam = lambda params, rate=learning_rate, **more: torch.optim.Adam(params, lr=rate, **more)
-    if kind == "torchjd":
+    if kind in ("torchjd", "autogram"):
         if method not in TORCHJD:
             return None
         optimizer = adam(params, fused=True)
         aggregator = TORCHJD[method](torchjd.aggregation)
-        return TorchStep(
-            _aggregating_step(params, batch, aggregator, optimizer), lambda: held(optimizer)
-        )
+        if kind == "autogram" and not hasattr(aggregator, "gramian_weighting"):
+            return None
+        make_step = {"torchjd": _aggregating_step, "autogram": _weighting_step}[kind]
+        return TorchStep(make_step(layers, batch, aggregator, optimizer), lambda: held(optimizer))
     num_tasks = problem.targets.shape[1]
     own = {
         "ls": None,
@@ -112,11 +115,11 @@ def make(
     learnt = own[method]
 
     def objective():
-        losses = task_losses(params, *batch)
+        losses = task_losses(layers, *batch)
         return scalarised(method, losses, learnt, penalty), losses
 
     forward = torch.compile(objective) if kind == "compiled" else objective
-    losses_of = lambda: task_losses(params, *batch)
+    losses_of = lambda: task_losses(layers, *batch)
     losses_of = torch.compile(losses_of) if kind == "compiled" else losses_of
     groups = [*params]
     if method in ("bilb4mtl", "uw"):
@@ -157,12 +160,36 @@ def scalarised(method: str, losses: Any, learnt: Any, penalty: float) -> Any:
     return (z * d.log()).sum() / (z / d).sum().detach()
 
 
-def _aggregating_step(params, batch, aggregator, optimizer):
-    """Returns a step of TorchJD."""
+def linear(kernel: np.ndarray) -> Any:
+    """Returns a linear layer without bias of a kernel (inputs, outputs)."""
+    torch, _ = load()
+    layer = torch.nn.Linear(*kernel.shape, bias=False)
+    layer.weight = torch.nn.Parameter(torch.tensor(kernel.T.copy()))
+    return layer
+
+
+def _weighting_step(layers, batch, aggregator, optimizer):
+    """Returns a step of TorchJD by weights, which it computes from the Gram matrix."""
     _, torchjd = load()
+    engine = torchjd.autogram.Engine(*layers, batch_dim=None)
 
     def step():
-        losses = task_losses(params, *batch)
+        losses = task_losses(layers, *batch)
+        losses.backward(aggregator.gramian_weighting(engine.compute_gramian(losses)))
+        optimizer.step()
+        optimizer.zero_grad()
+        return losses.detach().numpy()
+
+    return step
+
+
+def _aggregating_step(layers, batch, aggregator, optimizer):
+    """Returns a step of TorchJD by the Jacobian."""
+    _, torchjd = load()
+    params = [layer.weight for layer in layers]
+
+    def step():
+        losses = task_losses(layers, *batch)
         torchjd.autojac.backward(losses)
         torchjd.autojac.jac_to_grad(params, aggregator)
         optimizer.step()

@@ -77,25 +77,28 @@ class TestSideBySide:
         [
             *(("torch", name) for name in ("ls", "bilb4mtl", "uw", "famo")),
             *(("torchjd", name) for name in ("imtl_g", "aligned_mtl")),
+            ("autogram", "aligned_mtl"),
+            ("stacked", "mgda"),
         ],
     )
     def test_the_same_losses(self, benchmark, kind, method):
-        options = benchmark.Options(inputs=8, width=16, depth=2, batch_size=16)
-        problem = benchmark.Problem(options, num_tasks=5)
+        options = benchmark.Options(inputs=8, depth=2, batch_size=16)
+        problem = benchmark.Problem(options, width=16, num_tasks=5)
         ours, theirs = (benchmark.make_step(k, method, problem) for k in ("bilb", kind))
         for _ in range(5):
             np.testing.assert_allclose(theirs(), ours(), rtol=2e-4)
 
     def test_peak_memory_is_that_of_what_is_known(self, benchmark):
         # One layer: parameters and two moments of them, the batch, and the gradient at least.
-        options = benchmark.Options(inputs=64, width=512, depth=1, batch_size=4)
-        problem = benchmark.Problem(options, num_tasks=2)
+        options = benchmark.Options(inputs=64, depth=1, batch_size=4)
+        problem = benchmark.Problem(options, width=512, num_tasks=2)
         kernels = sum(kernel.nbytes for kernel in problem.kernels)
         for kind in ("bilb", "torch"):
             peak = benchmark.make_step(kind, "ls", problem).peak_bytes()
             assert 3 * kernels < peak < 6 * kernels
 
     def test_no_such_step(self, benchmark):
-        problem = benchmark.Problem(benchmark.Options(), num_tasks=2)
+        problem = benchmark.Problem(benchmark.Options(), width=8, num_tasks=2)
         assert benchmark.make_step("torch", "mgda", problem) is None
         assert benchmark.make_step("torchjd", "ls", problem) is None
+        assert benchmark.make_step("stacked", "ls", problem) is None
