@@ -233,30 +233,29 @@ def execute(study: str, problem: str, method: str, options: Options) -> list[pro
     return lines
 
 
-def table(name: str, lines: list[protocol.Line]) -> str:
-    """Returns the table of a study in Markdown: of each method its best setting."""
-    study = STUDIES[name]
-    lines = [line for line in lines if line["study"] == name]
-    rows = [["method", *study.problems]]
+def cell(lines: list[protocol.Line], method: str) -> str:
+    """Returns the errors of a method on one problem, at its best setting by validation."""
     logs = lambda of, what: np.log([x[what] if np.isfinite(x[what]) else np.inf for x in of])
-    for method in dict.fromkeys(m.partition("=")[0] if m in CONSTANT else m for m in study.methods):
-        cells = []
-        for problem in study.problems:
-            groups: dict[Any, list[protocol.Line]] = {}
-            for line in lines:
-                own = line["method"] == method or line["method"].startswith(f"{method}=")
-                if own and line["problem"] == problem:
-                    groups.setdefault((line["method"], line["learning_rate"]), []).append(line)
-            if not groups:
-                cells.append("")
-                continue
-            key = protocol.best({key: logs(of, "validation") for key, of in groups.items()})
-            found = protocol.interval(logs(groups[key], "error"))
-            mean, low, high = (report.three_digits(float(np.exp(x))) for x in found)
-            weight = f", w = {key[0].partition('=')[2]}" if method == "constant" else ""
-            cells.append(f"{mean} [{low}, {high}] at {key[1]:g}{weight}")
-        rows.append([method, *cells])
-    return f"## {name}\n\n{report.markdown(rows)}"
+    groups: dict[Any, list[protocol.Line]] = {}
+    for line in lines:
+        if line["method"] == method or line["method"].startswith(f"{method}="):
+            groups.setdefault((line["method"], line["learning_rate"]), []).append(line)
+    if not groups:
+        return ""
+    key = protocol.best({key: logs(of, "validation") for key, of in groups.items()})
+    found = protocol.interval(logs(groups[key], "error"))
+    mean, low, high = (report.three_digits(float(np.exp(x))) for x in found)
+    weight = f", w = {key[0].partition('=')[2]}" if method == "constant" else ""
+    return f"{mean} [{low}, {high}] at {key[1]:g}{weight}"
+
+
+def table(name: str, lines: list[protocol.Line]) -> str:
+    """Returns the table of a study in Markdown."""
+    study = STUDIES[name]
+    of = {p: [x for x in lines if (x["study"], x["problem"]) == (name, p)] for p in study.problems}
+    methods = dict.fromkeys(m.partition("=")[0] if m in CONSTANT else m for m in study.methods)
+    rows = [[method, *(cell(of[problem], method) for problem in of)] for method in methods]
+    return f"## {name}\n\n{report.markdown([['method', *study.problems], *rows])}"
 
 
 def publish(options: Options) -> str:
