@@ -7,7 +7,8 @@ Four studies around pinn.py, with its networks and steps, on two of its equation
   Adam's metric, that is divided by the fourth root of its second moments;
 * ``sgd``: SGD with momentum 0.9 in the place of Adam;
 * ``fixed``: the points of the first step at all steps;
-* ``many``: Helmholtz's equation with each side in nine pieces, so that there are 37 losses.
+* ``many``: Helmholtz's equation with each side in nine pieces, so that there are 37 losses; the
+  preference of a piece is 1 in ``nash_pinn``, and 1/9 in ``nash_pinn_shares``.
 
 The learning rate of each row, and of 10 and 100 the constant weight of all losses but those of the
 equation, are the ones with the lowest error on validation points over the seeds; the errors shown
@@ -66,7 +67,7 @@ STUDIES = {
     "probes": Study(TWO, tuple(f"probe={name}" for name in PROBES)),
     "sgd": Study(TWO, METHODS, (1e-4, 1e-3, 1e-2, 1e-1)),
     "fixed": Study(TWO, METHODS),
-    "many": Study(("helmholtz_in_pieces",), METHODS),
+    "many": Study(("helmholtz_in_pieces",), (*METHODS, "nash_pinn_shares")),
 }
 
 
@@ -128,7 +129,9 @@ def balancer_of(method: str, number: int) -> tuple[optax.GradientTransformation,
         return bilb.linear_scalarization(np.array([1.0, *[float(value)] * (number - 1)])), {}
     if name == "marigold_pinn":
         return bilb.presets.marigold_pinn(), {}
-    return bilb.presets.nash_pinn(), {"gram": SKETCH}
+    share = 1 / PIECES if name == "nash_pinn_shares" else 1.0
+    preference = np.array([1.0, *[share] * (number - 1)])
+    return bilb.presets.nash_pinn(preference=preference), {"gram": SKETCH}
 
 
 def direction(kind: str, key: Any, update: Any, moments: Any) -> Any:

@@ -10,6 +10,8 @@ physics-informed networks. :func:`igb_v2_near_igb_v1` is a form of IGBv2 for los
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import optax
 
@@ -278,7 +280,9 @@ def marigold_pinn(
     )
 
 
-def nash_pinn(decay: base.Scalar = 0.999) -> optax.GradientTransformationExtraArgs:
+def nash_pinn(
+    decay: base.Scalar = 0.999, *, preference: Any = 1.0
+) -> optax.GradientTransformationExtraArgs:
     """Nash-MTL on root losses with a running mean of their Gram matrix, to be sketched.
 
     ``bilb.chain(bilb.power_losses(0.5), bilb.nash_mtl(decay=0.999))``; with
@@ -296,12 +300,17 @@ def nash_pinn(decay: base.Scalar = 0.999) -> optax.GradientTransformationExtraAr
     error of the best constant weights, the exact matrix 0.57 times, and a sketch without warm-up 7
     times, where about half of the runs end far from the solution.
 
-    The direction has ``‖Jᵀ w‖² = K`` whatever the losses are, so with SGD the learning rate is the
-    length of the step over √K, and it must decay for the training to settle.
+    Every loss has one voice. Where the conditions of an equation are many losses, as the pieces of
+    a boundary, the equation itself is outvoted: give each of m pieces the preference 1 / m.
+
+    The direction has ``‖Jᵀ w‖² = K``, or the sum of the preferences, whatever the losses are, so
+    with SGD the learning rate is the length of the step over √K, and it must decay for the training
+    to settle.
 
     Args:
         decay: of the running mean, in [0, 1); the sketch's relative noise is about
             ``sqrt((1 - decay) / 2)``.
+        preference: of :func:`bilb.nash_mtl`, one number or one per loss.
 
     Returns:
         A chain of two loss transformations; ``update(losses, state, *, gram)``. See
@@ -321,4 +330,4 @@ def nash_pinn(decay: base.Scalar = 0.999) -> optax.GradientTransformationExtraAr
     References:
         Navon et al., *Multi-task learning as a bargaining game*, arXiv 2202.01017.
     """
-    return chain(normalize.power_losses(0.5), nash_mtl(decay=decay))
+    return chain(normalize.power_losses(0.5), nash_mtl(preference=preference, decay=decay))

@@ -154,6 +154,7 @@ METHODS = [
     gram_method(
         "nash_pinn",
         bilb.presets.nash_pinn,
+        {"preference": 0.5},
         values=lambda losses, _: jnp.sqrt(losses),
         kin="nash_mtl",
     ),
@@ -171,8 +172,10 @@ METHODS = [
         kin="mgda",
     ),
     gram_method("cagrad", bilb.cagrad, {"c": 0.4}, static_args=("rescale",), kin="mgda"),
-    gram_method("nash_mtl", bilb.nash_mtl, {"max_norm": 1.0}, static_args=("every",)),
-    gram_method("fairgrad", bilb.fairgrad, {"alpha": 2.0}, kin="nash_mtl"),
+    gram_method(
+        "nash_mtl", bilb.nash_mtl, {"max_norm": 1.0, "preference": 0.5}, static_args=("every",)
+    ),
+    gram_method("fairgrad", bilb.fairgrad, {"alpha": 2.0, "preference": 0.5}, kin="nash_mtl"),
     gram_method("pcgrad", bilb.pcgrad, arguments={"key": 7}, equivariant=False),
     gram_method(
         "gradvac",

@@ -175,6 +175,61 @@ def test_imtl_g_has_equal_projections_and_config_equal_cosines():
     np.testing.assert_allclose(cosines, cosines.mean(), rtol=1e-2)
 
 
+FAIR = {
+    "nash_mtl": (bilb.nash_mtl, 1.0),
+    "fairgrad_2": (lambda **more: bilb.fairgrad(2.0, **more), 2.0),
+    "fairgrad_0.5": (lambda **more: bilb.fairgrad(0.5, **more), 0.5),
+}
+
+
+@pytest.mark.parametrize(("make", "alpha"), FAIR.values(), ids=FAIR)
+class TestPreferenceOfFairShares:
+    rows = np.random.default_rng(3).normal(size=(4, 9)) * np.array([[0.3], [1], [2], [5]])
+    preference = np.array([1.0, 0.1, 7.0, 10.0])
+
+    def test_the_equation(self, make, alpha):
+        gram = self.rows @ self.rows.T
+        weights = weights_of(make(preference=self.preference), gram)
+        expected = (self.preference / weights) ** (1 / alpha)
+        np.testing.assert_allclose(gram @ weights, expected, rtol=1e-3)
+        for one in (1.0, np.ones(4)):
+            np.testing.assert_array_equal(
+                weights_of(make(preference=one), gram), weights_of(make(), gram)
+            )
+
+    def test_a_task_split_into_equal_parts_is_what_it_was(self, make, alpha):
+        whole = weights_of(make(preference=self.preference), self.rows @ self.rows.T) @ self.rows
+        parts = np.concatenate([self.rows, self.rows[-1:], self.rows[-1:]])
+        shares = np.append(self.preference[:3], [self.preference[3] / 3] * 3)
+        weights = weights_of(make(preference=shares), parts @ parts.T)
+        np.testing.assert_allclose(weights[3:], weights[3], rtol=1e-3)
+        np.testing.assert_allclose(weights @ parts, whole, rtol=1e-3, atol=1e-4)
+
+    def test_zero_leaves_a_task_out(self, make, alpha):
+        gram = self.rows @ self.rows.T
+        weights = weights_of(make(preference=np.array([1.0, 0.0, 1.0, 1.0])), gram)
+        left = [0, 2, 3]
+        assert weights[1] == 0
+        np.testing.assert_allclose(
+            weights[left], weights_of(make(), gram[np.ix_(left, left)]), rtol=1e-5
+        )
+        assert not weights_of(make(preference=0.0), gram).any()
+
+    def test_what_is_none(self, make, alpha):
+        with pytest.raises(ValueError, match=r"preference must be >= 0.*-1"):
+            make(preference=jnp.array([1.0, -1.0, 1.0, 1.0]))
+        with pytest.raises(ValueError, match="preference"):
+            weights_of(make(preference=jnp.ones(3)), np.eye(4))
+
+
+def test_nash_mtl_bounds_the_norm_under_a_preference():
+    rows = np.random.default_rng(3).normal(size=(3, 9))
+    for preference, norm in ((np.array([1.0, 4.0, 4.0]), 2.0), (0.01, 0.03**0.5), (0.0, 0.0)):
+        balancer = bilb.nash_mtl(2.0, preference=preference)
+        direction = weights_of(balancer, rows @ rows.T) @ rows
+        assert np.linalg.norm(direction) == pytest.approx(norm, rel=1e-4)
+
+
 def test_imtl_g_of_dependent_gradients_is_the_solution_of_least_norm():
     rows = np.random.default_rng(2).normal(size=(4, 2)) * np.array([[1.0], [2.0], [0.5], [3.0]])
     solution = np.linalg.pinv(rows @ rows.T) @ np.linalg.norm(rows, axis=1)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import optax
 
 from bilb import base, checks
 from bilb.gradient_balancing import solvers
+from bilb.gradient_balancing.algebra import preference_of
 from bilb.gradient_balancing.weighting import gram_weighting
 
 
 def fairgrad(
-    alpha: base.Scalar = 2.0, *, decay: base.Scalar = 0.0
+    alpha: base.Scalar = 2.0, *, preference: Any = 1.0, decay: base.Scalar = 0.0
 ) -> optax.GradientTransformationExtraArgs:
     """α-fair gradient balancing: the mean gradient for α → 0, max-min fairness for α → ∞.
 
-    ``G w = w^(-1/α)`` elementwise, ``w > 0``: the direction ``Jᵀ w`` maximises
-    ``Σ_i (g_iᵀ d)^(1-α) / (1-α)`` on a ball. α = 1 is proportional fairness, Nash-MTL.
+    ``G w = (p / w)^(1/α)`` elementwise, ``w > 0``: the direction ``Jᵀ w`` maximises
+    ``Σ_i p_i (g_iᵀ d)^(1-α) / (1-α)`` on a ball; the paper has p = 1. α = 1 is proportional
+    fairness, Nash-MTL.
 
     ``update`` needs the extra argument ``gram`` (K, K), which :func:`bilb.value_and_grad` and
-    :func:`bilb.aggregate_by` supply. ``w_k`` is about ``‖g_k‖^(-2α / (1 + α))``.
+    :func:`bilb.aggregate_by` supply. ``w_k`` is about ``(p_k / ‖g_k‖^(2α))^(1 / (1 + α))``.
 
     The equation is solved to rounding by damped Newton steps. The official code solves it by
     SciPy's least squares to 1e-8, absolute, with α = 1 as its default; it multiplies the direction
@@ -32,6 +36,7 @@ def fairgrad(
 
     Args:
         alpha: α > 0; larger is fairer to tasks that improve less.
+        preference: p >= 0, one number or one per task; 0 leaves a task out.
         decay: of a running mean of the Gram matrix in place of each step's own, in [0, 1).
 
     Returns:
@@ -39,8 +44,8 @@ def fairgrad(
         :class:`bilb.GramState`.
 
     Raises:
-        ValueError: for a concrete hyperparameter outside its range, or a ``gram`` that is not
-            (K, K).
+        ValueError: for a concrete hyperparameter outside its range, a ``preference`` of another
+            shape, or a ``gram`` that is not (K, K).
         MissingArgument: for a call without ``gram``.
 
     Example:
@@ -56,10 +61,12 @@ def fairgrad(
         Ban and Ji, *Fair resource allocation in multi-task learning*, arXiv 2402.15638.
     """
     checks.number("alpha", alpha, minimum=0, exclusive=True, schedule=True)
+    checks.number("preference", preference, minimum=0, per_task=True)
 
     def weigh(gram, memory, step):
         order = base.at_step(alpha, step)
-        weights = solvers.fair_weights(gram.matrix, order, gram.present)
+        shares = preference_of(preference, gram.present, gram.matrix.dtype)
+        weights = solvers.fair_weights(gram.matrix, order, shares)
         # w is homogeneous in G, so that the solver can work on the scaled one.
         weights = weights * gram.scale ** (-2 * order / (1 + order))
         return jnp.minimum(weights, jnp.finfo(weights.dtype).max), memory

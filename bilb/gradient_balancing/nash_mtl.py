@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import optax
 
 from bilb import base, checks
 from bilb.gradient_balancing import solvers
+from bilb.gradient_balancing.algebra import preference_of
 from bilb.gradient_balancing.weighting import gram_weighting
 
 
 def nash_mtl(
-    max_norm: base.Scalar | None = None, every: int = 1, *, decay: base.Scalar = 0.0
+    max_norm: base.Scalar | None = None,
+    every: int = 1,
+    *,
+    preference: Any = 1.0,
+    decay: base.Scalar = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Nash's bargaining solution: independent of the losses' scales.
 
-    ``G w = 1 / w`` elementwise, ``w > 0``, with the Gram matrix ``G = J Jᵀ`` (the paper's ``GᵀG``):
-    the direction ``d = Jᵀ w`` maximises ``Σ_k log g_kᵀ d`` on a ball.
+    ``G w = p / w`` elementwise, ``w > 0``, with the Gram matrix ``G = J Jᵀ`` (the paper's ``GᵀG``):
+    the direction ``d = Jᵀ w`` maximises ``Σ_k p_k log g_kᵀ d`` on a ball. The paper has p = 1, one
+    voice for each task. Where m losses are parts of one, such as the sides of a boundary, give each
+    of them 1 / m: a task that is split into equal parts is then what it was as one.
 
     ``update`` needs the extra argument ``gram`` (K, K), or ``gram_fn`` with ``every > 1``, which
     :func:`bilb.value_and_grad` and :func:`bilb.aggregate_by` supply. ``w_k`` is
-    ``1 / ‖g_k‖`` for orthogonal gradients, and ``‖Jᵀ w‖² = K``.
+    ``√p_k / ‖g_k‖`` for orthogonal gradients, and ``‖Jᵀ w‖² = Σ_k p_k``.
 
     ``G w = 1 / w`` is solved to rounding by damped Newton steps. The official code solves it by 20
     steps of a concave-convex procedure to about 1e-6 where it works, keeps its last weights where
@@ -36,6 +45,7 @@ def nash_mtl(
             as in TorchJD.
         every: number of steps that the weights stay the same, ``update_weights_every`` of the
             official code; the Gram matrix is only taken at those steps. Static.
+        preference: p >= 0, one number or one per task; 0 leaves a task out.
         decay: of a running mean of the Gram matrix in place of each step's own, in [0, 1).
 
     Returns:
@@ -43,8 +53,8 @@ def nash_mtl(
         ``every > 1``. Its state is a :class:`bilb.GramState`.
 
     Raises:
-        ValueError: for a concrete hyperparameter outside its range, or a ``gram`` that is not
-            (K, K).
+        ValueError: for a concrete hyperparameter outside its range, a ``preference`` of another
+            shape, or a ``gram`` that is not (K, K).
         MissingArgument: for a call without ``gram``.
 
     Example:
@@ -57,17 +67,20 @@ def nash_mtl(
         [0.707 1.414]
 
     References:
-        Navon et al., *Multi-task learning as a bargaining game*, arXiv 2202.01017.
+        Navon et al., *Multi-task learning as a bargaining game*, arXiv 2202.01017. Preferences:
+        Kalai, *Nonsymmetric Nash solutions and replications of 2-person bargaining*, 1977.
     """
     checks.number("max_norm", max_norm, minimum=0, exclusive=True, schedule=True, optional=True)
     checks.number("every", every, minimum=1, whole=True, static=True)
+    checks.number("preference", preference, minimum=0, per_task=True)
 
     def weigh(gram, memory, step):
-        # FairGrad's equation, G w = w^(-1/α), at α = 1.
-        weights = solvers.fair_weights(gram.matrix, 1.0, gram.present)
+        shares = preference_of(preference, gram.present, gram.matrix.dtype)
+        # FairGrad's equation, G w = (p / w)^(1/α), at α = 1.
+        weights = solvers.fair_weights(gram.matrix, 1.0, shares)
         if max_norm is not None:
-            bargaining = jnp.maximum(jnp.sum(weights > 0), 1)
-            norm = jnp.sqrt(bargaining.astype(weights.dtype))  # ‖Jᵀ w‖
+            squared_norm = jnp.sum(jnp.where(weights > 0, shares, 0.0))  # of Jᵀ w
+            norm = jnp.sqrt(jnp.where(squared_norm > 0, squared_norm, 1.0))
             weights = weights * jnp.minimum(1.0, base.at_step(max_norm, step) / norm)
         return weights / gram.scale, memory
 

@@ -224,27 +224,27 @@ def conflict_averse_weights(
     return mean + jnp.where(kink, 0.0, radius / jnp.where(length > 0, length, 1.0)) * w
 
 
-def fair_weights(gram: jax.Array, alpha: jax.Array | float, where: jax.Array) -> jax.Array:
-    r"""Solves :math:`G w = w^{-1/\alpha}`, the condition of α-fairness; α = 1 is Nash's.
+def fair_weights(gram: jax.Array, alpha: jax.Array | float, preference: jax.Array) -> jax.Array:
+    r"""Solves :math:`G w = (p / w)^{1/\alpha}`, the condition of α-fairness; α = 1 is Nash's.
 
     It is the optimum of a strictly convex function,
-    :math:`\tfrac12 w^\top G w - \sum_i \int^{w_i} t^{-1/\alpha} dt`, found by Newton's method with
-    an exact line search. Rows are scaled to unit length first. A ridge of K roundings on them
-    keeps the weights finite where no solution exists, at a Pareto stationary point: there they
-    grow to about the root of its inverse.
+    :math:`\tfrac12 w^\top G w - \sum_i \int^{w_i} (p_i / t)^{1/\alpha} dt`, found by Newton's
+    method with an exact line search. Rows are scaled to unit length first. A ridge of K roundings
+    on them keeps the weights finite where no solution exists, at a Pareto stationary point: there
+    they grow to about the root of its inverse.
 
     Args:
         gram: (K, K) symmetric positive semi-definite.
         alpha: α > 0.
-        where: (K,) bool.
+        preference: p >= 0, (K,).
 
     Returns:
-        (K,) weights, positive; 0 for rows of norm 0, and where ``where`` is False.
+        (K,) weights, positive; 0 for rows of norm 0, and where p is 0.
     """
     num_tasks, dtype = gram.shape[0], gram.dtype
     eps = jnp.finfo(dtype).eps
     squared_norms = jnp.diagonal(gram)
-    positive = where & (squared_norms > 0)
+    positive = (preference > 0) & (squared_norms > 0)
     squared_norms = jnp.where(positive, squared_norms, 1.0)
     scale = jax.lax.rsqrt(squared_norms)
     eye = jnp.eye(num_tasks, dtype=dtype)
@@ -252,7 +252,7 @@ def fair_weights(gram: jax.Array, alpha: jax.Array | float, where: jax.Array) ->
     cosines = cosines + num_tasks * eps * eye
     power = 1.0 / alpha
     # With w = scale z the problem is `cosines z = factor z^(-1/α)`, by z = start if orthogonal.
-    factor = squared_norms ** ((power - 1) / 2)
+    factor = squared_norms ** ((power - 1) / 2) * jnp.where(positive, preference, 1.0) ** power
     start = factor ** (1 / (1 + power))
     marginal = lambda z: factor * z**-power
 
