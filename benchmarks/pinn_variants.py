@@ -8,7 +8,8 @@ Four studies around pinn.py, with its networks and steps, on two of its equation
 * ``sgd``: SGD with momentum 0.9 in the place of Adam;
 * ``fixed``: the points of the first step at all steps;
 * ``many``: Helmholtz's equation with each side in nine pieces, so that there are 37 losses; the
-  preference of a piece is 1 in ``nash_pinn``, and 1/9 in ``nash_pinn_shares``.
+  preference of a piece is 1 in ``nash_pinn``, and 1/9 in ``nash_pinn_shares``; likewise for
+  ``marigold_pinn``.
 
 The learning rate of each row, and of 10 and 100 the constant weight of all losses but those of the
 equation, are the ones with the lowest error on validation points over the seeds; the errors shown
@@ -62,12 +63,13 @@ class Study(NamedTuple):
 
 CONSTANT = ("constant=10", "constant=100")
 METHODS = (*CONSTANT, "nash_pinn", "marigold_pinn")
+SHARED = ("nash_pinn_shares", "marigold_pinn_shares")
 TWO = ("helmholtz", "wave_slow")
 STUDIES = {
     "probes": Study(TWO, tuple(f"probe={name}" for name in PROBES)),
     "sgd": Study(TWO, METHODS, (1e-4, 1e-3, 1e-2, 1e-1)),
     "fixed": Study(TWO, METHODS),
-    "many": Study(("helmholtz_in_pieces",), (*METHODS, "nash_pinn_shares")),
+    "many": Study(("helmholtz_in_pieces",), (*METHODS, *SHARED)),
 }
 
 
@@ -127,10 +129,10 @@ def balancer_of(method: str, number: int) -> tuple[optax.GradientTransformation,
     name, _, value = method.partition("=")
     if name == "constant":
         return bilb.linear_scalarization(np.array([1.0, *[float(value)] * (number - 1)])), {}
-    if name == "marigold_pinn":
-        return bilb.presets.marigold_pinn(), {}
-    share = 1 / PIECES if name == "nash_pinn_shares" else 1.0
+    share = 1 / PIECES if name in SHARED else 1.0
     preference = np.array([1.0, *[share] * (number - 1)])
+    if name.startswith("marigold_pinn"):
+        return bilb.presets.marigold_pinn(preference=preference), {}
     return bilb.presets.nash_pinn(preference=preference), {"gram": SKETCH}
 
 

@@ -16,7 +16,7 @@ import jax
 import optax
 
 from bilb import base, normalize
-from bilb.bilevel import routers
+from bilb.bilevel import lower_levels, routers
 from bilb.bilevel.bilb4mtl import bilb4mtl
 from bilb.bilevel.marigold import marigold
 from bilb.chain import chain
@@ -217,6 +217,7 @@ def marigold_pinn(
     *,
     optimizer: optax.GradientTransformation | None = None,
     max_logit: base.Scalar = 6.0,
+    preference: Any = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
     """MARIGOLD towards the Nash balance of root losses, for losses that can reach zero.
 
@@ -255,6 +256,8 @@ def marigold_pinn(
     Args:
         optimizer: of the logits; Adam at 0.025 if None.
         max_logit: bound on the logits.
+        preference: of ``bilb.lower_levels.nash``, one number or one per loss; with m pieces of one
+            condition 1 / m for each.
 
     Returns:
         A chain of two loss transformations; ``update(losses, state, *, slopes)``. See
@@ -276,7 +279,7 @@ def marigold_pinn(
     """
     return chain(
         normalize.power_losses(0.5),
-        marigold("nash", optimizer=optimizer, max_logit=max_logit),
+        marigold(lower_levels.nash(preference), optimizer=optimizer, max_logit=max_logit),
     )
 
 

@@ -250,6 +250,16 @@ CASES = {
         ValueError,
         "preference.*-2",
     ),
+    "preference of a lower level": (
+        lambda: bilb.lower_levels.nash([1.0, 0.0, 1.0]),
+        ValueError,
+        "preference must be > 0; got .*0",
+    ),
+    "preferences of a lower level": (
+        lambda: update_of(bilb.presets.marigold_pinn(preference=jnp.ones(2)), slopes=jnp.ones(3)),
+        ValueError,
+        r"shape \(2,\).*preference must be one number or have an entry per task",
+    ),
     "widths": (
         lambda: IGB_V2(hidden=(8, 0)),
         ValueError,

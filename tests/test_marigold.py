@@ -325,6 +325,20 @@ def test_fair_lower_levels_reach_their_balance(lower, exponent):
     np.testing.assert_allclose(balance, balance.mean() * jnp.ones(3), rtol=1e-3)
 
 
+@pytest.mark.x64
+@pytest.mark.parametrize("alpha", [1.0, slow(2.0)])
+def test_fair_lower_levels_share_by_preference(alpha):
+    """The weights are those of the method that solves it, and only ratios of preferences matter."""
+    preference = jnp.array([1.0, 0.2, 3.0])
+    lower = bilb.lower_levels.nash if alpha == 1.0 else bilb.lower_levels.fairgrad
+    gram, weights = solve(lower(preference=preference))
+    method, losses = bilb.fairgrad(alpha, preference=preference), jnp.ones(3)
+    expected = method.update(losses, method.init(losses), gram=gram)[1].weights
+    np.testing.assert_allclose(weights, expected / expected.sum(), rtol=1e-3)
+    _, equal = solve(lower(preference=0.1))
+    np.testing.assert_allclose(equal, solve(lower())[1], rtol=1e-9)
+
+
 # Lower level: the same problem solved to rounding, the options of MARIGOLD, the fourth entry of J.
 SOLVED = {
     "mgda": (bilb.mgda(), {}, -0.6),

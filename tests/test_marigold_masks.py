@@ -54,6 +54,16 @@ def test_fair_lower_levels_average_over_present_tasks(lower, expected, num_tasks
     np.testing.assert_allclose(weights[-2:], [expected, 1 - expected], atol=1e-4)
 
 
+@pytest.mark.x64
+def test_preferences_are_shares_of_present_tasks():
+    """For G = diag(1, 9) the balance λ² G = p ends at (2, 1/3) for p = (4, 1)."""
+    mask = jnp.array([False, True, True])
+    gram, lower = jnp.diag(jnp.array([1e4, 1.0, 9.0])), bilb.lower_levels.nash([50.0, 4.0, 1.0])
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.025, 2000))
+    weights = follow(bilb.marigold(lower, optimizer=optimizer), gram, mask, 2000)[-1]
+    np.testing.assert_allclose(weights, [0.0, 6 / 7, 1 / 7], atol=1e-4)
+
+
 LOWER = {
     **{name: (name, {}) for name in ("mgda", "sdmgrad", "cagrad", "nash", "fairgrad")},
     "mgda-projection": ("mgda", {"scheme": "projection", "optimizer": optax.sgd(0.05)}),

@@ -7,14 +7,14 @@ direction of the step is ``d = Jᵀ v(λ)``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from bilb import checks
-from bilb.gradient_balancing.algebra import equal_weights, far
+from bilb.gradient_balancing.algebra import equal_weights, far, preference_of
 
 Product = Callable[[jax.Array], jax.Array]
 
@@ -111,27 +111,32 @@ def cagrad(c: float | jax.Array = 0.4) -> LowerLevel:
     return LowerLevel(weights, gradient, lagged=False)
 
 
-def fairgrad(alpha: float | jax.Array = 2.0) -> LowerLevel:
-    """FairGrad's balance ``λ^{1/α} · G λ = const``, as a ratio; α = 1 is Nash-MTL's.
+def fairgrad(alpha: float | jax.Array = 2.0, preference: Any = 1.0) -> LowerLevel:
+    """FairGrad's balance ``(λ / p)^{1/α} · G λ = const``, as a ratio; α = 1 is Nash-MTL's.
 
-    The ratio ``(q - mean q) / (|mean q| + 0.01 max |q| so far)`` with ``q = (K λ)^{1/α} · G λ`` is
-    the gradient for log λ. The absolute form has no solution at a Pareto stationary point; the
-    floor keeps this one from chattering there. Use it with the default scheme.
+    The ratio ``(q - mean q) / (|mean q| + 0.01 max |q| so far)`` with ``q = (λ / p)^{1/α} · G λ``
+    is the gradient for log λ; the preference p sums to 1 here, and the mean is weighted with it.
+    The absolute form has no solution at a Pareto stationary point; the floor keeps this one from
+    chattering there. Use it with the default scheme.
 
     Args:
         alpha: α > 0.
+        preference: p > 0, one number or one per task; only the ratios matter. Where m losses are
+            parts of one, give each of them 1 / m.
 
     References:
         Ban and Ji, *Fair resource allocation in multi-task learning*, 2024.
     """
     checks.number("alpha", alpha, minimum=0, exclusive=True)
+    checks.number("preference", preference, minimum=0, exclusive=True, per_task=True)
 
     def gradient(lam, product, memory, present):
-        uniform = equal_weights(present, lam.dtype)
+        shares = preference_of(preference, present, lam.dtype)
+        shares = shares / jnp.where(present.any(), shares.sum(), 1.0)
         # Where λ is 0 the task is absent; the inner `where` keeps its power finite.
-        ratio = jnp.where(present, lam, 1.0) / jnp.where(present, uniform, 1.0)
+        ratio = jnp.where(present, lam, 1.0) / jnp.where(present, shares, 1.0)
         q = jnp.where(present, ratio ** (1.0 / alpha) * product(lam), 0.0)
-        mean = uniform @ q
+        mean = shares @ q
         memory = jnp.maximum(memory, jnp.max(jnp.abs(q)))
         scale = jnp.abs(mean) + 1e-2 * memory
         return (q - mean) / jnp.where(scale > 0, scale, 1.0), memory
@@ -139,13 +144,16 @@ def fairgrad(alpha: float | jax.Array = 2.0) -> LowerLevel:
     return LowerLevel(lambda lam, product, present: lam, gradient, logarithmic=True)
 
 
-def nash() -> LowerLevel:
-    """Nash-MTL's balance ``λ · G λ = const``: :func:`fairgrad` with α = 1.
+def nash(preference: Any = 1.0) -> LowerLevel:
+    """Nash-MTL's balance ``λ / p · G λ = const``: :func:`fairgrad` with α = 1.
+
+    Args:
+        preference: p > 0, one number or one per task.
 
     References:
         Navon et al., *Multi-task learning as a bargaining game*, 2022.
     """
-    return fairgrad(alpha=1.0)
+    return fairgrad(1.0, preference)
 
 
 def dualproj(cap: float | jax.Array = 100.0) -> LowerLevel:
