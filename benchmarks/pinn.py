@@ -14,10 +14,11 @@ with the learning rate.
 A method may come with a way to take Gram matrices and the decay of their running mean,
 ``root+nash_mtl:sketch:0.999``, and marigold_pinn with the learning rate and the bound of its
 logits, ``marigold_pinn@logit_rate=0.1@logit_alpha=0.01@max_logit=4``, with alpha the rate's share
-that a cosine ends at. Those of jinns, such as ``jinns.soft_adapt``, are run if named; see
-pinn_jinns.py. Every run is one line of pinn.jsonl as soon as it is done, and
-is not repeated: an interrupted benchmark goes on where it stopped, and more seeds, methods or
-learning rates add to what is there. The most telling methods come first, each on all problems.
+that a cosine ends at; both presets with a preference, ``nash_pinn@conditions=1:sketch``, that all
+losses but those of the equation share. Those of jinns, such as ``jinns.soft_adapt``, are run if
+named; see pinn_jinns.py. Every run is one line of pinn.jsonl as soon as it is done, and is not
+repeated: an interrupted benchmark goes on where it stopped, and more seeds, methods or learning
+rates add to what is there. The most telling methods come first, each on all problems.
 
 Times are those of one network, without compilation, while the seeds are trained side by side: the
 median over the chunks of a run, then over the runs. They are best taken on a machine that does
@@ -88,8 +89,8 @@ METHODS = (
 JINNS = tuple(f"jinns.{n}" for n in ("soft_adapt", "ReLoBRaLo", "lr_annealing", "prior_loss"))
 #: Named like methods they stand for their members, beside marigold_pinn (the power 1/2) and
 #: nash_pinn (the decay .999): the power of the losses, the decay of the Gram matrix's running mean
-#: with and without more random directions in the first steps, how many there are without them, and
-#: marigold_pinn's own numbers.
+#: with and without more random directions in the first steps, how many there are without them,
+#: marigold_pinn's own numbers, and the preferences of both.
 STUDIES = {
     "exponents": tuple(f"{p}marigold_nash" for p in ("", "quarter+", "log+")),
     "decays": tuple(f"root+nash_mtl:sketch:{d}" for d in (0.9, 0.99, 0.9999)),
@@ -100,10 +101,11 @@ STUDIES = {
         f"marigold_pinn@logit_rate={rate}@logit_alpha=0.01" for rate in (0.025, 0.05, 0.1, 0.2)
     ),
     "bounds": tuple(f"marigold_pinn@max_logit={bound}" for bound in (2, 4, 10)),
+    "conditions": ("nash_pinn@conditions=1:sketch", "marigold_pinn@conditions=1"),
 }
 #: Of 2, 5, 3 and 4 losses.
 PROBLEMS = ("poisson", "helmholtz", "burgers_viscous", "wave_slow")
-FIELDS = {"logit_rate": float, "logit_alpha": float, "max_logit": float}
+FIELDS = {"logit_rate": float, "logit_alpha": float, "max_logit": float, "conditions": float}
 BASELINE = "constant"
 TITLE = "# Physics-informed networks"
 HIDDEN = (32, 32, 32)
@@ -184,7 +186,7 @@ def _gram_mistake(name: str) -> str | None:
         value = np.nan
     if not 0 <= value < 1:
         return f"the decay in {name} must be at least 0 and less than 1"
-    if gram.startswith("sketch") and value == 0 and not method.endswith("nash_pinn"):
+    if gram.startswith("sketch") and value == 0 and "nash_pinn" not in method:
         return f"one sketch says little about the Gram matrix: give a decay in {name} too"
     return None
 

@@ -44,6 +44,7 @@ class Settings:
     logit_rate: float | Array = 0.025  # of Adam for the logits of marigold_pinn
     logit_alpha: float | Array = 1.0  # what is left of that rate in the end, along a cosine
     max_logit: float | Array = 6.0  # their bound
+    preference: float | Array = 1.0  # of marigold_pinn and nash_pinn
     decay: float | Array = 0.0  # of the running mean of the Gram matrix
     gram: str = dataclasses.field(default="exact", metadata={"static": True})  # of GRAMS
 
@@ -118,8 +119,9 @@ METHODS: dict[str, Factory] = {
             optax.cosine_decay_schedule(s.logit_rate, s.steps, alpha=s.logit_alpha)
         ),
         max_logit=s.max_logit,
+        preference=s.preference,
     ),
-    "nash_pinn": lambda s: bilb.presets.nash_pinn(),
+    "nash_pinn": lambda s: bilb.presets.nash_pinn(preference=s.preference),
 }
 
 #: Those that read the losses alone; and those that also learn from the slopes along the last step.

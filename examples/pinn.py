@@ -138,6 +138,7 @@ def train(
     penalty: float = 0.05,
     gram: str = "exact",
     decay: float = 0.0,
+    conditions: float | None = None,
     hidden: tuple[int, ...] = HIDDEN,
     course: bool = True,
     **of_method: float,
@@ -157,6 +158,8 @@ def train(
         penalty: weight of the loss discrepancy in the bilevel methods.
         gram: a name in `GRAMS`, the way to take Gram matrices.
         decay: of the running mean of the Gram matrix, in [0, 1).
+        conditions: the preference that marigold_pinn and nash_pinn give to all losses but those of
+            the equation together, which have 1 each; with None every loss has 1.
         hidden: the widths of the network's hidden layers.
         course: whether errors are taken in the course of the training, or only after it.
         of_method: other numbers in ``Settings``, such as ``logit_rate`` of marigold_pinn.
@@ -164,9 +167,12 @@ def train(
     start = time.perf_counter()
     number = len(equation.losses)
     numbers = dict(learning_rate=learning_rate, penalty=penalty, decay=decay, **of_method)
+    inside = np.arange(number) < equation.inside
+    each = 1.0 if conditions is None else conditions / (number - equation.inside)
     settings = Settings(
         seed=jnp.asarray(seeds),
-        selection=jnp.where(np.arange(number) < equation.inside, 1.0, weight),
+        selection=jnp.where(inside, 1.0, weight),
+        preference=jnp.where(inside, 1.0, each),
         steps=steps,
         steps_per_epoch=STEPS_PER_EPOCH,
         gram=gram,

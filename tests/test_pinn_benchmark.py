@@ -97,6 +97,7 @@ class TestBenchmark:
             (dict(methods=("jinns.mine",)), "unknown method 'jinns.mine'"),
             (dict(methods=("marigold_pinn@rate=1",)), "unknown field 'rate'"),
             (dict(methods=("marigold_pinn@max_logit=4",)), None),
+            (dict(methods=("nash_pinn@conditions=1:sketch",)), None),
             (dict(methods=()), "no method"),
             (dict(least=11), "--least must be at least 1 and at most --seeds"),
             (dict(weights=()), "--weights must be positive"),
@@ -182,6 +183,9 @@ class TestBenchmark:
         assert error("marigold_pinn@logit_rate=0.025@max_logit=6") == default
         assert error("marigold_pinn@logit_rate=0.5") != default
         assert error("marigold_pinn@max_logit=0.01") != default
+        # One condition has what all conditions share.
+        for name in ("marigold_pinn", "nash_pinn"):
+            assert error(f"{name}@conditions=1") == error(name) != error(f"{name}@conditions=0.1")
 
     def test_a_study_stands_for_its_methods(self):
         options = benchmark.Options(methods=("exponents", "ls", "log+marigold_nash"))
