@@ -197,7 +197,7 @@ class TestPreferenceOfFairShares:
                 weights_of(make(preference=one), gram), weights_of(make(), gram)
             )
 
-    def test_a_task_split_into_equal_parts_is_what_it_was(self, make, alpha):
+    def test_a_task_that_is_there_three_times_is_what_it_is_alone(self, make, alpha):
         whole = weights_of(make(preference=self.preference), self.rows @ self.rows.T) @ self.rows
         parts = np.concatenate([self.rows, self.rows[-1:], self.rows[-1:]])
         shares = np.append(self.preference[:3], [self.preference[3] / 3] * 3)

@@ -122,7 +122,7 @@ def fairgrad(alpha: float | jax.Array = 2.0, preference: Any = 1.0) -> LowerLeve
     Args:
         alpha: α > 0.
         preference: p > 0, one number or one per task; only the ratios matter. Where m losses are
-            parts of one, give each of them 1 / m.
+            pieces of one, give each of them 1 / m.
 
     References:
         Ban and Ji, *Fair resource allocation in multi-task learning*, 2024.

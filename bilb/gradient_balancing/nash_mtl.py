@@ -24,8 +24,8 @@ def nash_mtl(
 
     ``G w = p / w`` elementwise, ``w > 0``, with the Gram matrix ``G = J Jᵀ`` (the paper's ``GᵀG``):
     the direction ``d = Jᵀ w`` maximises ``Σ_k p_k log g_kᵀ d`` on a ball. The paper has p = 1, one
-    voice for each task. Where m losses are parts of one, such as the sides of a boundary, give each
-    of them 1 / m: a task that is split into equal parts is then what it was as one.
+    voice for each task. Where m losses are pieces of one, give each of them 1 / m: a task that is
+    there m times is then what it is alone.
 
     ``update`` needs the extra argument ``gram`` (K, K), or ``gram_fn`` with ``every > 1``, which
     :func:`bilb.value_and_grad` and :func:`bilb.aggregate_by` supply. ``w_k`` is
