@@ -11,11 +11,12 @@ What a line has tells what is compared:
 Of the settings of a method (learning rate, weights, steps) the one with the lowest ``validation``
 counts where lines have one number, compared over the seeds that all settings have; where they have
 one per task, seeds from 1000 on were for that choice, and the setting that has others is the one
-that was chosen. The brackets are 95 % t intervals of the differences, of logarithms for ratios,
-from seed to seed: methods share the seeds, and with them the points, batches and initial
-parameters.
+that was chosen. Means are over the seeds of both, and the brackets are 95 % t intervals of the
+differences, of logarithms for ratios, from seed to seed: methods share the seeds, and with them the
+points, batches and initial parameters. ``--against`` takes one method in the place of the best.
 
     python benchmarks/regret.py benchmarks/results/*.jsonl
+    python benchmarks/regret.py benchmarks/results/pinn.jsonl --against constant
     python benchmarks/regret.py outputs/reduced/reduced.jsonl --problems qm9 --methods si ls famo
 
 The worst case is over the problems that a method was run on; how many they are stands beside it.
@@ -61,10 +62,12 @@ class Options:
     """The methods to compare; all of the files by default."""
     problems: tuple[str, ...] = ()
     """The problems; all of the files by default."""
+    against: str | None = None
+    """The method to compare with, on each problem the best one by default."""
     seeds: int = 2
     """A method counts on a problem with at least this many seeds."""
     output: Path | None = None
-    """Folder for regret.md."""
+    """Folder for regret.md, or against.md."""
 
 
 class Scores(NamedTuple):
@@ -144,26 +147,40 @@ def scores(lines: Sequence[Line]) -> Scores:
     )
 
 
-def regrets(found: Scores, methods: Sequence[str], seeds: int) -> dict[str, Regret]:
-    """Returns the distance of each method to the one with the lowest mean over its seeds."""
-    counted = {
-        name: of
-        for name, of in found.by_method.items()
-        if len(of) >= seeds and name not in REFERENCES and (not methods or name in methods)
-    }
-    mean = lambda name: float(np.mean([*counted[name].values()]))
-    best = min(counted, key=mean, default=None)
+def regrets(
+    found: Scores, methods: Sequence[str], seeds: int, against: str | None = None
+) -> dict[str, Regret]:
+    """Returns the distance of each method to the one with the lowest mean over the seeds of all.
+
+    Or to the one to compare ``against``; none where that was not run.
+    """
+    of = found.by_method
+    asked = lambda name: name not in REFERENCES and (not methods or name in methods)
+    if against is not None:
+        both = lambda name: len(of[name].keys() & of.get(against, {}).keys())
+        names = [name for name in of if asked(name) and both(name) >= seeds]
+        return {name: distance(of[name], of[against], found.ratio) for name in names}
+    counted = {name: of[name] for name in of if asked(name) and len(of[name]) >= seeds}
+    if not counted:
+        return {}
+    shared = set.intersection(*(set(of) for of in counted.values()))
+    mean = lambda name: np.mean([counted[name][seed] for seed in shared or counted[name]])
+    best = min(counted, key=mean)
     return {name: distance(counted[name], counted[best], found.ratio) for name in counted}
 
 
 def distance(own: dict[int, float], best: dict[int, float], ratio: bool) -> Regret:
-    """Returns the difference of the means, and its t interval over the seeds of both."""
+    """Returns the difference of the means over the seeds of both, and its t interval.
+
+    Without a seed that both have the means are of all seeds, and the interval has no ends.
+    """
     shape = np.exp if ratio else lambda x: x
     worst = float(shape(np.inf))
-    mean = np.mean([*own.values()]) - np.mean([*best.values()])
+    common = sorted(own.keys() & best.keys())
+    mean_of = lambda of: np.mean([of[seed] for seed in common or of])
+    mean = mean_of(own) - mean_of(best)
     if not np.isfinite(mean):
         return Regret(worst, worst, worst)
-    common = sorted(own.keys() & best.keys())
     half = np.inf
     if own == best:
         half = 0.0
@@ -174,12 +191,17 @@ def distance(own: dict[int, float], best: dict[int, float], ratio: bool) -> Regr
     return Regret(*(float(shape(value)) for value in (mean, mean - half, mean + half)))
 
 
-def table(found: dict[str, Scores], methods: Sequence[str] = (), seeds: int = 2) -> list[list[str]]:
+def table(
+    found: dict[str, Scores],
+    methods: Sequence[str] = (),
+    seeds: int = 2,
+    against: str | None = None,
+) -> list[list[str]]:
     """Returns a row for each method: its distances, and the worst of each kind. Head first.
 
     Rows are in the order of the worst cases: those of all problems first.
     """
-    by_problem = {name: regrets(of, methods, seeds) for name, of in found.items()}
+    by_problem = {name: regrets(of, methods, seeds, against) for name, of in found.items()}
     names = dict.fromkeys(name for of in by_problem.values() for name in of)
     kinds = [kind for kind in (True, False) if any(of.ratio == kind for of in found.values())]
     titles = {True: "worst ratio", False: "worst points"}
@@ -229,12 +251,16 @@ def main(options: Options) -> None:
         }
     except (KeyError, ValueError) as error:
         sys.exit(f"error: not lines of a benchmark: {error}")
-    cells = table(found, options.methods, options.seeds)
+    if options.against not in (None, *(name for of in found.values() for name in of.by_method)):
+        sys.exit(f"error: no lines of {options.against!r}, which --against names")
+    cells = table(found, options.methods, options.seeds, options.against)
     print(report.aligned(cells))
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
-        text = f"# Regret\n\n{report.markdown(cells)}\n"
-        (options.output / "regret.md").write_text(text, encoding="utf-8")
+        name = "regret.md" if options.against is None else "against.md"
+        title = "Regret" if options.against is None else f"Against {options.against}"
+        text = f"# {title}\n\n{report.markdown(cells)}\n"
+        (options.output / name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -70,6 +70,26 @@ def test_points_of_delta_m_to_the_best():
     np.testing.assert_allclose(distances["ls"], 10 + 12.7062 * 10 * np.array([0, -1, 1]), rtol=1e-5)
 
 
+def test_against_one_method_over_the_seeds_of_both(tmp_path, capsys):
+    lines = [
+        *pinn_lines("poisson", "constant", [0.2, 0.4, 0.8]),
+        *pinn_lines("poisson", "uw", [0.1, 0.2]),
+        *pinn_lines("burgers", "uw", [0.1, 0.2]),
+    ]
+    poisson = regret.scores(lines[:5])
+    distances = regret.regrets(poisson, (), 2, "constant")
+    np.testing.assert_allclose(distances["uw"], 0.5)  # in each of the two seeds
+    assert distances["constant"] == (1.0, 1.0, 1.0)
+    assert set(regret.regrets(poisson, ("uw",), 2, "constant")) == {"uw"}
+    assert set(regret.regrets(poisson, (), 3, "constant")) == {"constant"}
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    regret.main(regret.Options(files=(path,), against="constant", output=tmp_path))
+    assert "| uw | 0.500 |  | 0.500 (1/2) |" in (tmp_path / "against.md").read_text()
+    with pytest.raises(SystemExit, match="no lines of 'constnt'"):
+        regret.main(regret.Options(files=(path,), against="constnt"))
+
+
 def test_the_worst_case_and_the_order(tmp_path, capsys, monkeypatch):
     first = [
         *pinn_lines("poisson", "log", [1.0, 1.0]),
