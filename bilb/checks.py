@@ -53,6 +53,7 @@ def number(
     whole: bool = False,
     static: bool = False,
     optional: bool = False,
+    finite: bool = False,
 ) -> None:
     """Raises for a hyperparameter that is not what its method takes, or is outside its range.
 
@@ -63,11 +64,12 @@ def number(
         maximum: the largest value, none if None.
         exclusive: whether the bounds are outside the range.
         per_task: whether it may be an array with an entry per task, whose length
-            :func:`per_task` checks; otherwise it is one number.
+            :func:`per_task` checks; otherwise it is one number. Its entries are finite.
         schedule: whether it may be a schedule of the method's step counter.
         whole: whether it is a whole number.
         static: whether it must be a Python number, known when the method is built.
         optional: whether it may be None.
+        finite: whether it is not infinite.
 
     Raises:
         TypeError: for what is no number, and for a schedule that the method cannot evaluate.
@@ -76,7 +78,7 @@ def number(
     if (value is None and optional) or (callable(value) and schedule):
         return
     if per_task and isinstance(value, Mapping):
-        bounds = {"exclusive": exclusive, "schedule": schedule}
+        bounds = {"exclusive": exclusive, "schedule": schedule, "finite": True}
         for task, each in value.items():
             number(f"{name}[{task!r}]", each, minimum, maximum, **bounds)
         return
@@ -105,6 +107,8 @@ def number(
     value = value.astype(np.float64)
     if whole and (value % 1 != 0).any():
         raise ValueError(f"{name} must be a whole number; got {given!r}.")
+    if (finite or per_task) and np.isinf(value).any():
+        raise ValueError(f"{name} must be finite; got {given!r}.")
     below = minimum is not None and (value <= minimum if exclusive else value < minimum).any()
     above = maximum is not None and (value >= maximum if exclusive else value > maximum).any()
     if below or above or np.isnan(value).any():

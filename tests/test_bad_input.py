@@ -125,6 +125,17 @@ CASES = {
         r"weights.*-2",
     ),
     "weights nan": (lambda: bilb.linear_scalarization(jnp.nan), ValueError, r"weights.*nan"),
+    "weights inf": (
+        lambda: bilb.linear_scalarization({"a": 1.0, "b": jnp.inf}),
+        ValueError,
+        r"weights\['b'\] must be finite; got inf",
+    ),
+    "scales inf": (lambda: bilb.divide_by(jnp.inf), ValueError, "scales must be finite.*inf"),
+    "preference inf": (
+        lambda: bilb.nash_mtl(preference=jnp.array([1.0, jnp.inf])),
+        ValueError,
+        "preference must be finite.*inf",
+    ),
     "weights (2,)": (
         lambda: init_of(bilb.linear_scalarization(jnp.ones(2))),
         ValueError,
