@@ -166,7 +166,12 @@ def figure(found: Mapping[str, Sequence[Row]]) -> Figure:
         ax.set_yticks(range(len(of)), [row.name for row in of], fontsize=6)
         ax.invert_yaxis()
         ax.axvline(0, color="0.7", linewidth=1, zorder=0)
-        ax.set_xscale("symlog", linthresh=50)
+        if np.max(np.abs(means), initial=0) > 200:
+            limits = ax.get_xlim()
+            ax.set_xscale("symlog", linthresh=50)
+            ax.set_xticks([-50, 0, 50, 200, 1000, 10_000])
+            ax.set(xlim=limits)
+            ax.xaxis.set_major_formatter("{x:.0f}")
         ax.set(title=title, xlabel="$\\Delta m$ against STL in %, 95 % interval")
     return picture
 
