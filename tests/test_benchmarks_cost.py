@@ -9,6 +9,8 @@ import protocol
 import pytest
 from conftest import load_benchmark
 
+import bilb
+
 cost = load_benchmark("cost")
 
 
@@ -49,6 +51,27 @@ class TestCost:
         assert jax.tree.structure(jax.eval_shape(of.step, of.carry)) == jax.tree.structure(of.carry)
         products = lambda t: cost.counting.product_flops(jax.make_jaxpr(t.step)(t.carry).jaxpr)
         assert products(of) > 1.5 * products(plain)
+
+    def test_steps_before_the_timed_ones(self):
+        """A step is a number here, and the carry counts the steps."""
+        taken = {"method": [], "reference": []}
+        step, reference = (
+            lambda carry, of=of: taken[of].append(carry) or carry + 1 for of in taken
+        )
+        options = cost.Options(rounds=2)
+        numbers = cost.timed(step, 0, reference, 10, options, untimed=3)
+        assert taken == {"method": [0, 1, 2, 3, 4], "reference": [10, 11]}
+        assert numbers.keys() == {"seconds", "time", "processor"}
+        assert cost.timed(step, 0, reference, 10, cost.Options(longest=-1.0)) == {}
+
+    def test_a_sketch_is_timed_after_its_warm_up(self, monkeypatch):
+        untimed = []
+        monkeypatch.setattr(cost, "counted", lambda of: (of.step, {}))
+        monkeypatch.setattr(cost, "timed", lambda *given: untimed.append(given[-1]) or {})
+        options = cost.Options(inputs=4, width=8, depth=1, batch_size=4)
+        for name in ("mgda", "mgda@gram=sketch"):
+            cost.measure(name, options, 2, expected=0.0)
+        assert untimed == [1, 1 + bilb.grams.sketch().warmup_steps]
 
     def test_expected_seconds(self):
         lines = [{"method": "mgda", "num_tasks": 10, "seconds": 0.05}]
