@@ -6,6 +6,7 @@ programs are optimised as users' are, and take two to four times as long to comp
 """
 
 import functools
+import gc
 import importlib.metadata
 import importlib.util
 import itertools
@@ -15,12 +16,13 @@ import subprocess
 import sys
 
 # Before anything imports jax. Most of what the tests do is to compile, and their programs are too
-# small to optimise; the older emitters of loops are faster still where there is a choice. The
-# user's own flags come last and win.
+# small to optimise or to divide among threads; the older emitters of loops are faster still where
+# there is a choice. The user's own flags come last and win.
 os.environ["XLA_FLAGS"] = " ".join(
     flag
     for flag, used in {
         "--xla_force_host_platform_device_count=8": True,
+        "--xla_cpu_parallel_codegen_split_count=1": True,
         "--xla_backend_optimization_level=0": not os.environ.get("BILB_OPTIMIZE"),
         "--xla_cpu_use_fusion_emitters=false": not os.environ.get("BILB_OPTIMIZE")
         and importlib.metadata.version("jaxlib").startswith("0.10."),
@@ -29,12 +31,18 @@ os.environ["XLA_FLAGS"] = " ".join(
     if used
 )
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
+# JAX solves linear systems by OpenBLAS, whose threads wait for each other by spinning: two workers
+# on two cores took twenty times as long as one.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import hypothesis
 import jax
 import numpy as np
 import pytest
 from contract import Method
+
+# What tracing leaves behind is seldom garbage: a tenth of the time went to looking for some.
+gc.set_threshold(100_000, 50, 100)
 
 hypothesis.settings.register_profile("same examples", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same examples")

@@ -262,7 +262,10 @@ every_method = pytest.mark.parametrize("method", METHODS, ids=str, scope="module
 #: For what a method's own code has little to do with.
 few_methods = pytest.mark.parametrize(
     "method",
-    mostly_slow(METHODS, [method for method in METHODS if method.name in OF_EACH_KIND]),
+    mostly_slow(
+        [method for method in METHODS if not method.kin],
+        [method for method in METHODS if method.name in OF_EACH_KIND],
+    ),
     ids=str,
     scope="module",
 )

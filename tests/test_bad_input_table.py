@@ -82,13 +82,12 @@ METHODS = {
 
 
 @functools.cache
-def compiled(name, num_tasks, dtype):
-    """Returns the aggregator and ``(jacobian, state) -> updates, state``."""
+def made(name, num_tasks, dtype):
+    """Returns the first state of the aggregator and ``(jacobian, state) -> updates, state``."""
     aggregator = METHODS[name](num_tasks)
     params = {"a": jnp.zeros(2, dtype), "b": jnp.zeros(1, dtype)}
     losses = jnp.asarray(LOSSES[:num_tasks])
 
-    @jax.jit
     def update(jacobian, state):
         gradients = {"a": jacobian[:, :2], "b": jacobian[:, 2:]}
         extra = {"losses_after": losses / 2} if name == "famo" else {}
@@ -106,7 +105,7 @@ def cell(name, jacobian):
     """Returns what a method makes of these gradients after an ordinary step."""
     jacobian = jnp.asarray(jacobian)
     try:
-        state, update = compiled(name, len(jacobian), jacobian.dtype)
+        state, update = made(name, len(jacobian), jacobian.dtype)
         ordinary = jnp.asarray(JACOBIAN[: len(jacobian)], jacobian.dtype)
         _, state = update(ordinary, state)
         updates, state = update(jacobian, state)

@@ -249,15 +249,16 @@ class TestTrainer:
 @pytest.mark.slow
 class TestDenseTraining:
     @pytest.mark.parametrize(
-        ("of", "options", "method"),
+        ("of", "options", "method", "images"),
         [
-            (nyuv2.NYUV2, nyuv2.Options, "nash_mtl"),
-            (cityscapes.CITYSCAPES, cityscapes.Options, "bilb4mtl_cityscapes@penalty=0.1"),
+            (nyuv2.NYUV2, nyuv2.Options, "nash_mtl", 4),
+            # The last batch has one image. Every size is a program, and a long compilation.
+            (cityscapes.CITYSCAPES, cityscapes.Options, "bilb4mtl_cityscapes@penalty=0.1", 3),
         ],
         ids=["nyuv2", "cityscapes"],
     )
-    def test_main(self, tmp_path, monkeypatch, of, options, method):
-        root = write_dense(tmp_path / "data", of)
+    def test_main(self, tmp_path, monkeypatch, of, options, method, images):
+        root = write_dense(tmp_path / "data", of, (images, 2))
         options = options(
             root, (method,), seeds=1, epochs=2, batch_size=2, filters=(2, 2), last=1,
             output=tmp_path,

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from contract import mostly_slow
 from methods import METHODS
 
 import bilb
@@ -103,17 +102,19 @@ def can_be_behind_links(method):
     return not {"features", "curvatures"} & {*method.extra(jnp.ones(K))}
 
 
-ALWAYS = ("bilb4mtl", "marigold", "famo", "mgda")
+OF_EACH_DRIVER, LONGEST = ("bilb4mtl", "marigold", "famo", "mgda"), "log-igb_v1"
+#: Every method behind the most links, and one of each way to be driven behind the others.
 CHAINED = [
-    pytest.param(method, marks=() if method.name in ALWAYS else pytest.mark.slow)
+    pytest.param(method, front, marks=() if (of_each and front == LONGEST) else pytest.mark.slow)
     for method in METHODS
     if can_be_behind_links(method)
+    for of_each in [method.name in OF_EACH_DRIVER]
+    for front in (FRONTS if of_each else [LONGEST])
 ]
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("front", mostly_slow(FRONTS, fast=["log-igb_v1"]))
-@pytest.mark.parametrize("method", CHAINED, ids=str)
+@pytest.mark.parametrize(("method", "front"), CHAINED, ids=str)
 def test_both_drivers_train_as_the_method_on_losses_transformed_by_hand(method, front):
     links = [link() for link in FRONTS[front][0]]
 

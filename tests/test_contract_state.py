@@ -47,7 +47,9 @@ with_numbers = pytest.mark.parametrize(
 
 
 @pytest.mark.slow
-@with_numbers
+@pytest.mark.parametrize(
+    "method", [m for m in METHODS if m.numeric and not m.kin], ids=str, scope="module"
+)
 def test_injected_hyperparameters_equal_the_direct_call(method):
     losses = example_losses(2, K)
     balanced, state = run(method, injected(method), losses)

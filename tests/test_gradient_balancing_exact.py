@@ -98,7 +98,7 @@ def test_exact_solutions(name, method):
     assert seen >= 7
 
 
-@pytest.mark.parametrize("method", mostly_slow(EXACT, FAST))
+@pytest.mark.parametrize("method", FAST)
 @every_file
 def test_exact_solutions_in_float32(name, method):
     row, factory, divisor = EXACT[method]

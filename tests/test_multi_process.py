@@ -118,20 +118,27 @@ def expected(tmp_path_factory):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(numbers(state))]
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_all_processes_hold_the_state_of_a_single_one(tmp_path, expected, processes):
-    codes, outputs = run(tmp_path, processes)
-    assert codes == [0] * processes, outputs
-    assert f"found 4 cpu devices, {4 // processes} of them here" in outputs[0]
-    assert f"processes: {processes}" in outputs[0]
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Returns the folder, the exit codes and the outputs of two processes of two devices each."""
+    folder = tmp_path_factory.mktemp("two")
+    return folder, *run(folder, 2)
+
+
+def test_all_processes_hold_the_state_of_a_single_one(undisturbed, expected):
+    folder, codes, outputs = undisturbed
+    assert codes == [0, 0], outputs
+    assert "found 4 cpu devices, 2 of them here" in outputs[0]
+    assert "processes: 2" in outputs[0]
     assert "losses" not in outputs[1]
-    first = held(tmp_path, 0)
-    for process in range(1, processes):
-        chex.assert_trees_all_equal(held(tmp_path, process), first)
+    first = held(folder, 0)
+    chex.assert_trees_all_equal(held(folder, 1), first)
     chex.assert_trees_all_close(first, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_after_the_death_of_a_process_all_go_on_from_the_last_checkpoint(tmp_path, expected):
+def test_after_the_death_of_a_process_all_go_on_from_the_last_checkpoint(
+    tmp_path, undisturbed, expected
+):
     (code, died), outputs = run(tmp_path, 2, dies_at=9)
     assert died == -signal.SIGKILL, outputs
     # The other one does not wait for it for ever.
@@ -143,8 +150,5 @@ def test_after_the_death_of_a_process_all_go_on_from_the_last_checkpoint(tmp_pat
     resumed = held(tmp_path, 0)
     chex.assert_trees_all_equal(held(tmp_path, 1), resumed)
     chex.assert_trees_all_close(resumed, expected, rtol=1e-4, atol=1e-5)
-    # To the last bit as without the death: the same processes from the start.
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    assert run(whole, 2)[0] == [0, 0]
-    chex.assert_trees_all_equal(held(whole, 0), resumed)
+    # To the last bit as without the death.
+    chex.assert_trees_all_equal(held(undisturbed[0], 0), resumed)

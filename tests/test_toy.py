@@ -133,8 +133,7 @@ def test_reproduces_recorded_bilb4mtl_runs():
     unstable, and the recorded ones stay on it. Which runs these are, neighbouring starts tell.
     """
     recorded = oracle("f5_toy")
-    directions = [(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1) if (a, b) != (0, 0)]
-    neighbours = 1e-12 * np.array([(0, 0), *directions])
+    neighbours = 1e-12 * np.array([(0, 0), (1, 1), (1, -1), (-1, 1), (-1, -1)])
     starts = (neighbours[:, None] + recorded["inits"]).reshape(-1, 2)
     *given, indices = np.meshgrid(
         *(recorded[f"ldc_{name}"].astype(float) for name in ("scales", "shifts", "lambdas")),
