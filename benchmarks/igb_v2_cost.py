@@ -16,6 +16,7 @@ methods alike. It prints a table and writes it beside a figure.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,10 @@ import numpy as np
 import optax
 import tyro
 from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import report
 
 import bilb
 from bilb.improvable_gap import sac
@@ -175,26 +180,23 @@ def measure(options: Options, num_tasks: int) -> dict[str, Cost]:
 
 def table(costs: dict[int, dict[str, Cost]]) -> str:
     """Returns a line for every K and method."""
-    widths = (5, 13, 11, 12, 8, 9, 10, 8)
-    line = lambda cells: "  ".join(cell.rjust(width) for cell, width in zip(cells, widths))
-    head = ("K", "method", "Mflop/step", "more than LS", "x LS", "ms/step", "more", "x LS")
-    lines = [line(head), line("-" * width for width in widths)]
+    lines = [["method", "K", "Mflop/step", "more than LS", "x LS", "ms/step", "more", "x LS"]]
     for num_tasks, of in costs.items():
         ls = of["ls"]
         for method, cost in of.items():
             more, slower = cost.flops - ls.flops, cost.seconds - ls.seconds
-            cells = (
-                str(num_tasks),
+            cells = [
                 method,
+                str(num_tasks),
                 f"{cost.flops / 1e6:.1f}",
                 f"{more / 1e6:.3f}",
                 f"{cost.flops / ls.flops:.3f}",
                 f"{cost.seconds * 1e3:.2f}",
                 f"{slower * 1e3:.2f}",
                 f"{cost.seconds / ls.seconds:.2f}",
-            )
-            lines.append(line(cells))
-    return "\n".join(lines)
+            ]
+            lines.append(cells)
+    return report.markdown(lines)
 
 
 def figure(costs: dict[int, dict[str, Cost]]) -> Figure:
@@ -221,7 +223,8 @@ def main(options: Options) -> dict[int, dict[str, Cost]]:
     text = table(costs)
     print(text)
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "igb_v2_cost.txt").write_text(text + "\n")
+    title = f"# Cost of IGBv2's agent\n\njax {jax.__version__}, {jax.default_backend().upper()}."
+    (options.output / "igb_v2_cost.md").write_text(f"{title}\n\n{text}\n", encoding="utf-8")
     figure(costs).savefig(options.output / "igb_v2_cost.png", dpi=150)
     return costs
 
