@@ -47,7 +47,8 @@ class Method:
         sparse: weights may be exactly zero.
         learns: per-task fields of the state that move over generic losses.
         shared: fields of the state that tasks share although they have an axis of length K.
-        kin: the entry whose code it shares but for the formula; the table's tests of it are slow.
+        kin: the entry whose code it shares but for the formula; the table's tests of it are slow,
+            and those that a method's own code has little to do with leave it out.
         slow: its programs take long to compile; the table's tests of it are slow.
     """
 
