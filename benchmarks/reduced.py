@@ -69,6 +69,7 @@ OTHERS = (
     *("dualproj", "gradvac", "config", "sdmgrad", "modo", "pcd", "krum", "cr_mogm"),
     *("stch_nadir", "pbi", "cosmos", "root", "softadapt", "relobralo", "self_adaptive"),
     *("bilb4mtl_celeba", "lr_annealing", "ntk_weights", "marigold_nash", "si+marigold_nash"),
+    *("quarter", "marigold_pinn", "nash_pinn", "db_pinn"),
     *(f"si+{name}" for name in balancers.AGGREGATORS),
 )
 METHODS = tuple(

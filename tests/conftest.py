@@ -81,14 +81,8 @@ def help_of(script):
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config):
-    """Keeps the tests of one method on one worker, so that they share its compiled programs."""
-    if getattr(config.option, "numprocesses", None):
-        config.option.dist = "loadgroup"
-
-
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    """Keeps the tests of one method on one worker, so that they share its compiled programs."""
     for item in items:
         method = getattr(item, "callspec", None) and item.callspec.params.get("method")
         if isinstance(method, Method):

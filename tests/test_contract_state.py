@@ -41,11 +41,6 @@ def injected(method):
     return factory(**method.numeric, **method.fixed(K))
 
 
-with_numbers = pytest.mark.parametrize(
-    "method", [m for m in METHODS if m.numeric], ids=str, scope="module"
-)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method", [m for m in METHODS if m.numeric and not m.kin], ids=str, scope="module"
@@ -61,7 +56,7 @@ def test_injected_hyperparameters_equal_the_direct_call(method):
     assert_close((balanced, state.inner_state), (expected, expected_state), rtol=1e-4, atol=1e-5)
 
 
-@with_numbers
+@pytest.mark.parametrize("method", [m for m in METHODS if m.numeric], ids=str, scope="module")
 def test_hyperparameters_are_injected_by_the_simple_call_in_value_and_grad(method):
     value_and_grad = bilb.value_and_grad(lambda x: x**2, injected(method))
     of_call = {k: v for k, v in method.extra(jnp.ones(K)).items() if k == "features"}
