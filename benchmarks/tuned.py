@@ -164,7 +164,7 @@ def figure(found: Mapping[str, Sequence[Row]]) -> Figure:
         places, means, halves = zip(*shown) if shown else ((), (), ())
         ax.errorbar(means, places, xerr=halves, fmt="o", markersize=3, linewidth=1)
         ax.set_yticks(range(len(of)), [row.name for row in of], fontsize=6)
-        ax.invert_yaxis()
+        ax.set_ylim(longest - 0.5, -0.5)  # rows as high in every panel, the first on top
         ax.axvline(0, color="0.7", linewidth=1, zorder=0)
         if np.max(np.abs(means), initial=0) > 200:
             limits = ax.get_xlim()

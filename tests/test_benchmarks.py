@@ -46,6 +46,7 @@ def done(tmp_path_factory):
     return options, tuned.main(options, SMALL, "small"), protocol.read(folder / "small.jsonl")
 
 
+@pytest.mark.xdist_group("tuned")  # on one worker, which runs the fixture once
 class TestTuned:
     @pytest.mark.slow
     def test_number_of_runs(self, done):
