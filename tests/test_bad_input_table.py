@@ -88,6 +88,7 @@ def made(name, num_tasks, dtype):
     params = {"a": jnp.zeros(2, dtype), "b": jnp.zeros(1, dtype)}
     losses = jnp.asarray(LOSSES[:num_tasks])
 
+    @jax.jit
     def update(jacobian, state):
         gradients = {"a": jacobian[:, :2], "b": jacobian[:, 2:]}
         extra = {"losses_after": losses / 2} if name == "famo" else {}
