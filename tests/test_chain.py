@@ -103,11 +103,11 @@ def can_be_behind_links(method):
 
 
 OF_EACH_DRIVER, LONGEST = ("bilb4mtl", "marigold", "famo", "mgda"), "log-igb_v1"
-#: Every method but kin behind the most links, and one of each way to be driven behind the others.
+#: Every method behind the most links, and one of each way to be driven behind the others.
 CHAINED = [
     pytest.param(method, front, marks=() if (of_each and front == LONGEST) else pytest.mark.slow)
     for method in METHODS
-    if not method.kin and can_be_behind_links(method)
+    if can_be_behind_links(method)
     for of_each in [method.name in OF_EACH_DRIVER]
     for front in (FRONTS if of_each else [LONGEST])
 ]

@@ -73,7 +73,7 @@ def run(folder, processes, dies_at=0):
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
     }
-    arguments = [*SETTING, "--output", str(folder / "checkpoints"), "--timeout", "15"]
+    arguments = [*SETTING, "--output", str(folder / "checkpoints"), "--timeout", "30"]
     arguments += ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(processes)]
     started = []
     try:
